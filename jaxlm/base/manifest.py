@@ -1,0 +1,140 @@
+"""The manifest of an artifact: what it was made from and with, and a hash of each file in it.
+
+An artifact is a folder. `manifest.json` is written last, so a folder without one is unfinished work:
+
+    {"kind": "tokenizer", "format_version": 1, "inputs": {"runs/demo/prepare": "<hash>"}, "config": {...},
+     "versions": {"jax": "0.10.2", ...}, "commit": "…", "created": "2026-01-02T03:04:05Z",
+     "files": {"tokenizer.model": {"bytes": 1, "sha256": "…"}}, "facts": {...}, "hash": "…"}
+
+`hash` covers kind, inputs, config identity and files, so it names the content and survives a copy to another place.
+"""
+
+import dataclasses
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from jaxlm.base import files
+from jaxlm.base.errors import UserError
+
+FORMAT_VERSION = 1
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    kind: str
+    """What the folder holds: documents, tokenizer, rows, model, evaluation, ..."""
+    inputs: dict[str, str]
+    """Path of each input → hash of its content."""
+    config: dict[str, Any]
+    """`config.identity` of the stage's config."""
+    files: dict[str, dict[str, Any]]
+    """Relative path → {"bytes", "sha256"}."""
+    facts: dict[str, Any]
+    """Counts and figures that later stages and reports read."""
+    versions: dict[str, str]
+    commit: str
+    created: str
+    format_version: int
+    hash: str
+
+
+def write(
+    folder: epath.PathLike,
+    kind: str,
+    *,
+    contents: Sequence[str],
+    inputs: Mapping[str, str],
+    config: Any,
+    facts: Mapping[str, Any],
+) -> Manifest:
+    """Hashes the `contents` (files, or folders with all below them) of `folder` and writes its manifest, last."""
+    folder = epath.Path(folder)
+    names = [
+        f"{entry}/{below}" if below else entry
+        for entry in contents
+        for below in (files.walk(folder / entry) if (folder / entry).is_dir() else ("",))
+    ]
+    listed = {
+        name: {"bytes": (folder / name).stat().length, "sha256": files.sha256(folder / name)} for name in names
+    }
+    content = {"kind": kind, "inputs": sorted(inputs.values()), "config": config, "files": listed}
+    manifest = Manifest(
+        kind=kind,
+        inputs=dict(inputs),
+        config=config,
+        files=listed,
+        facts=dict(facts),
+        versions=versions(),
+        commit=commit(),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        format_version=FORMAT_VERSION,
+        hash=files.hash_json(content),
+    )
+    files.write_json(folder / "manifest.json", dataclasses.asdict(manifest))
+    return manifest
+
+
+def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Manifest:
+    """The manifest of `folder`. Refuses a folder without one, of another kind, or of a newer format."""
+    folder = epath.Path(folder)
+    where = f"{field}: {folder}" if field else str(folder)
+    if not (folder / "manifest.json").exists():
+        state = "is not finished (it has no manifest.json)" if folder.exists() else "does not exist"
+        raise UserError(f"{where}: {state}; run the stage that makes it" + (f" ({kind})" if kind else ""))
+    values = files.read_json(folder / "manifest.json")
+    known = {f.name for f in dataclasses.fields(Manifest)}
+    if not isinstance(values, dict) or not known <= set(values):
+        raise UserError(f"{where}/manifest.json: is not a jaxlm manifest")
+    if values["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{where}: has format_version {values['format_version']}, this jaxlm reads up to {FORMAT_VERSION}; update jaxlm"
+        )
+    if kind is not None and values["kind"] != kind:
+        raise UserError(f"{where}: holds {values['kind']}, but {kind} is needed here")
+    return Manifest(**{name: values[name] for name in known})
+
+
+def verify(folder: epath.PathLike, manifest: Manifest) -> None:
+    """Refuses missing, cut and changed files, each by name."""
+    folder = epath.Path(folder)
+    for name, entry in manifest.files.items():
+        path = inside(folder, name)
+        if not path.exists():
+            raise UserError(f"{path}: is missing, though {folder}/manifest.json lists it")
+        if path.stat().length != entry["bytes"] or files.sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: its content differs from the manifest's sha256; the file is damaged or was edited")
+
+
+def inside(folder: epath.Path, name: str) -> epath.Path:
+    """`folder / name`, refusing names that lead out of the folder."""
+    if name.startswith(("/", "~")) or ".." in name.split("/") or "\\" in name:
+        raise UserError(f"{folder}/manifest.json: the name {name!r} leads out of its folder")
+    return folder / name
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("jaxlm", *PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def commit() -> str:
+    """The git commit that this code runs from, "+changes" when the tree is not clean; "unknown" outside git."""
+    here = Path(__file__).parent
+    try:
+        describe = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

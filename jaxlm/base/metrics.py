@@ -1,0 +1,59 @@
+"""Metrics are (sum, weight) pairs, merged by adding and divided once: a mean of means is never taken.
+
+    >>> total = merge(Mean(jnp.float32(6), jnp.float32(4)), Mean(jnp.float32(1), jnp.float32(1)))
+    >>> float(total.value())
+    1.4
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# The one table of metric names; the writer refuses others, so that plots and reports know what they read.
+NAMES = {
+    "train/loss": "cross-entropy over the global batch, nats per counted token",
+    "train/z_loss": "squared log-normaliser, per counted token, before its coefficient",
+    "train/accuracy": "share of counted tokens whose most likely prediction is right",
+    "train/gradient_norm": "global norm of the gradient before clipping",
+    "train/update_norm": "global norm of the parameters' change",
+    "train/parameter_norm": "global norm of the parameters",
+    "train/learning_rate": "the schedule's value at this step",
+    "train/skipped_steps": "steps skipped so far because loss or gradient was not finite",
+    "train/tokens_per_second": "counted tokens over wall time since the last line",
+    "train/step_seconds": "wall time a step since the last line",
+    "train/mfu": "model FLOPs over the peak of the devices (a measured product's rate on CPU)",
+    "train/data_wait": "share of wall time in which the loop waited for data",
+    "eval/loss": "cross-entropy on held-out rows, nats per counted token",
+    "eval/bits_per_byte": "bits a UTF-8 byte of held-out text",
+    "eval/accuracy": "share of held-out tokens predicted right",
+    "eval/ema_loss": "eval/loss of the averaged parameters",
+    "eval/ema_bits_per_byte": "eval/bits_per_byte of the averaged parameters",
+}
+
+
+class Mean(NamedTuple):
+    """A sum and the number of units it runs over; both float32 scalars."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+    def value(self) -> jax.Array:
+        """The mean; NaN where nothing was counted, which the loop refuses."""
+        return self.sum / self.weight
+
+
+def merge(a: Any, b: Any) -> Any:
+    """Adds two trees of `Mean`s of the same structure."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def scalar(value: jax.Array) -> Mean:
+    """A value that is already global, as a `Mean` of weight 1."""
+    return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1))
+
+
+def values(metrics: dict[str, Mean]) -> dict[str, float]:
+    """Divides on the host; blocks until the devices have the numbers."""
+    fetched = jax.device_get(metrics)
+    return {name: float(mean.sum) / float(mean.weight) if mean.weight else float("nan") for name, mean in fetched.items()}
