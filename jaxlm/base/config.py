@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import pathlib
 import runpy
 import textwrap
@@ -41,6 +42,42 @@ class StageConfig:
     """Name of this stage within a `run`; the stage's own name when empty."""
     workdir: str = ""
     """Folder of this stage's results; set by --workdir."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes, outermost first; one of them may be -1: all devices that are left."""
+
+    slices: int = 1
+    """TPU slices joined by the data-center network; data parallel across them."""
+    data: int = -1
+    """Replicas of the parameters; each works on its share of the batch."""
+    fsdp: int = 1
+    """Shards of parameters and optimizer state, gathered layer by layer; also splits the batch."""
+    expert: int = 1
+    """Shards of the experts; also splits the batch outside of them."""
+    context: int = 1
+    """Shards of the sequence."""
+    tensor: int = 1
+    """Shards of heads, feed-forward and vocabulary within a layer."""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            check(size == -1 or size >= 1, axis, f"got {size}; a positive size, or -1 for the devices left, is needed")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        check(len(free) <= 1, free[-1] if free else "", f"{' and '.join(free)} are both -1; at most one can be")
+
+    def sizes(self, device_count: int) -> dict[str, int]:
+        """Axis → size for so many devices. Raises ConfigError when they do not divide."""
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if free and device_count % fixed == 0:
+            return sizes | {free[0]: device_count // fixed}
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        check(fixed == device_count and not free, "mesh", f"{asked} does not divide {device_count} devices")
+        return sizes
 
 
 def check(holds: bool, field: str, problem: str) -> None:

@@ -1,0 +1,155 @@
+"""Attention: who sees whom, the plain path, the TPU's splash kernel, and the block's attention part."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.base import precision
+from jaxlm.base.arrays import Array, Bool, Float, Float32, Int
+from jaxlm.base.sharding import constrain, spec
+from jaxlm.model.config import Attention, ModelConfig
+from jaxlm.model.layers import RMSNorm, rotate
+from jaxlm.model.weights import Normal, weight
+
+# Below the smallest score that a float32 softmax tells from nothing; finite, so that a row of padding has no NaN.
+MASKED = -2.0e38
+
+
+class Layer(NamedTuple):
+    """What a layer's keys and values were in the past: `[B, T, K, N]` each."""
+
+    key: Array
+    value: Array
+
+
+class Place(NamedTuple):
+    """Where queries and keys stand: segments (0: nothing there), positions; and, with a cache, the slot to write."""
+
+    query_segments: Array
+    """int32 `[B, S]`"""
+    query_positions: Array
+    """int32 `[B, S]`"""
+    key_segments: Array
+    """int32 `[B, T]`"""
+    key_positions: Array
+    """int32 `[B, T]`"""
+    slot: Array | None = None
+    """int32 `[]`: where in the cache the new keys go; None without a cache."""
+
+
+def visible(place: Place, window: int) -> Bool[Array, "B S T"]:
+    """A query sees keys of its own segment, not after it, and less than `window` before it (0: any).
+
+    Two documents of 2 and 1 tokens and a pad, as ones and zeros:
+
+        1 0 0 0
+        1 1 0 0
+        0 0 1 0
+        0 0 0 0
+    """
+    query, key = place.query_positions[:, :, None], place.key_positions[:, None, :]
+    same = place.query_segments[:, :, None] == place.key_segments[:, None, :]
+    real = place.key_segments[:, None, :] > 0
+    seen = same & real & (key <= query)
+    return seen & (query - key < window) if window else seen
+
+
+def plain_attention(
+    q: Float[Array, "B S H N"],
+    k: Float[Array, "B T K N"],
+    v: Float[Array, "B T K N"],
+    mask: Bool[Array, "B S T"],
+    soft_cap: float,
+) -> Float[Array, "B S H N"]:
+    """softmax(q k / sqrt(N)) v, softmax in float32; query head h reads key head h // G."""
+    B, S, H, N = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, S, K, H // K, N)
+    scores = jnp.einsum("bskgn,btkn->bkgst", grouped, k, preferred_element_type=jnp.float32) * N**-0.5
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgst,btkn->bskgn", probabilities, v).reshape(B, S, H, N)
+
+
+def splash_attention(
+    q: Float[Array, "B S H N"],
+    k: Float[Array, "B S K N"],
+    v: Float[Array, "B S K N"],
+    segments: Int[Array, "B S"],
+    window: int,
+    soft_cap: float,
+) -> Float[Array, "B S H N"]:
+    """The same by jax's Pallas kernel for TPU, which never makes the scores: O(S) memory, skipped blocks.
+
+    Within a packed row, positions grow with the index inside a segment, so causality and window by index are
+    those by position; the segments do the rest.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    S, groups = q.shape[1], q.shape[2] // k.shape[2]
+
+    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        one = masks.LocalMask((S, S), (window - 1, 0), 0) if window else masks.CausalMask((S, S))
+        attend = kernel.make_splash_mqa_single_device(
+            masks.MultiHeadMask([one] * groups), attn_logits_soft_cap=soft_cap or None
+        )
+        B, _, H, N = q.shape
+        grouped = (q * q.dtype.type(N**-0.5)).reshape(B, S, H // groups, groups, N).transpose(0, 2, 3, 1, 4)
+        over_kv_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
+        ids = kernel.SegmentIds(segments, segments)
+        out = jax.vmap(over_kv_heads)(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), ids)
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, N)
+
+    # A kernel is opaque to the partitioner: each device runs it on its own rows and heads.
+    heads = spec(("batch", None, "activation_heads", None))
+    sharded = jax.shard_map(
+        local, in_specs=(heads, heads, heads, spec(("batch", None))), out_specs=heads, check_vma=False
+    )
+    return sharded(q, k, v, segments)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions and optional norms on queries and keys."""
+
+    def __init__(self, config: ModelConfig, kind: Attention):
+        D, H, K, N = config.width, config.heads, config.kv_heads, config.head_size
+        self.query = weight((D, H * N), ("embed", "heads"), Normal(D**-0.5), matrix=True)
+        self.key = weight((D, K * N), ("embed", "kv_heads"), Normal(D**-0.5), matrix=True)
+        self.value = weight((D, K * N), ("embed", "kv_heads"), Normal(D**-0.5), matrix=True)
+        self.output = weight((H * N, D), ("heads", "embed"), Normal((2 * H * N * config.layers) ** -0.5), matrix=True)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(N, "norm", config.norm_epsilon)
+            self.key_norm = RMSNorm(N, "norm", config.norm_epsilon)
+        self.config = config
+        self.window = config.window if kind == "local" else 0
+
+    def __call__(
+        self, x: Float[Array, "B S D"], angles: Float32[Array, "B S half"], place: Place, past: Layer | None
+    ) -> tuple[Float[Array, "B S D"], Layer | None]:
+        c = self.config
+        B, S, _ = x.shape
+        q = precision.matmul(x, self.query[...], c.compute).reshape(B, S, c.heads, c.head_size)
+        k = precision.matmul(x, self.key[...], c.compute).reshape(B, S, c.kv_heads, c.head_size)
+        v = precision.matmul(x, self.value[...], c.compute).reshape(B, S, c.kv_heads, c.head_size)
+        if c.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        q = constrain(q, "batch", "sequence", "activation_heads", None)
+        k = constrain(k, "batch", "sequence", "activation_heads", None)
+        v = constrain(v, "batch", "sequence", "activation_heads", None)
+        if past is not None:
+            assert place.slot is not None
+            k = jax.lax.dynamic_update_slice_in_dim(past.key, k, place.slot, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(past.value, v, place.slot, 1)
+            past = Layer(k, v)
+        if c.attention == "splash" and past is None:
+            out = splash_attention(q, k, v, place.query_segments, self.window, c.attention_soft_cap)
+        else:
+            out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap)
+        out = constrain(out, "batch", "sequence", "activation_heads", None)
+        return precision.matmul(out.reshape(B, S, c.heads * c.head_size), self.output[...], c.compute), past

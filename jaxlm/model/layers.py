@@ -1,0 +1,60 @@
+"""The parts of a transformer block: RMSNorm, rotary positions, the gated MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.base import precision
+from jaxlm.base.arrays import Array, Float, Float32, Int
+from jaxlm.base.sharding import constrain
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.weights import Constant, Normal, weight
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32; arXiv:1910.07467."""
+
+    def __init__(self, size: int, axis: str, epsilon: float):
+        self.scale = weight((size,), (axis,), Constant(1.0))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
+
+
+def rotary_angles(positions: Int[Array, "B S"], size: int, base: float) -> Float32[Array, "B S half"]:
+    """Angles of the rotary embedding: position * base^(-2i/N); arXiv:2104.09864."""
+    frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    return positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+
+
+def rotate(x: Float[Array, "B S H N"], angles: Float32[Array, "B S half"]) -> Float[Array, "B S H N"]:
+    """Turns the pairs (x[i], x[i + N/2]) by the angles, in float32 (the pairing of Llama's checkpoints)."""
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)); arXiv:2002.05202."""
+
+    def __init__(self, config: ModelConfig):
+        D, F = config.width, config.feed_forward
+        self.gate = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
+        self.up = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
+        # The two products that end in the residual stream start smaller by sqrt(2L), so that the stream's
+        # variance does not grow with depth (GPT-2).
+        self.down = weight((F, D), ("mlp", "embed"), Normal((2 * F * config.layers) ** -0.5), matrix=True)
+        self.activation = config.activation
+        self.compute = config.compute
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        gate = precision.matmul(x, self.gate[...], self.compute)
+        up = precision.matmul(x, self.up[...], self.compute)
+        inner = constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "sequence", "activation_mlp")
+        return precision.matmul(inner, self.down[...], self.compute)

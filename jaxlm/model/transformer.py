@@ -1,0 +1,193 @@
+"""The decoder transformer: the one forward pass of learner, scorer and sampler.
+
+    model = define_model(config)                                # a Definition: no numbers
+    params = initialize(model, seed=0)                          # a plain nested dict
+    hidden = apply(model, params, lambda m: m(ids, segments, positions)[0])      # [B, S, D]
+    logits = apply(model, params, lambda m: m.logits(hidden))                    # [B, S, V] float32
+
+Layers lie stacked (`config.scan_layers`): with a pattern of P kinds of attention, stack/p holds the layers
+p, p + P, p + 2P, … along a first axis, and tail/… the L mod P last ones. `jaxlm/model/layout.py` converts.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.base import precision
+from jaxlm.base.arrays import Array, Float, Float32, Int
+from jaxlm.base.sharding import constrain
+from jaxlm.model.attention import Layer, Place, SelfAttention
+from jaxlm.model.config import Attention, ModelConfig
+from jaxlm.model.layers import GatedMLP, RMSNorm, rotary_angles
+from jaxlm.model.weights import Definition, Normal, apply, define, number, weight
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of all that was read so far; every row writes at the same slot, masks go by position."""
+
+    layers: tuple[Layer, ...]
+    """L times keys and values `[B, T, K, N]` in the compute type"""
+    segments: Array
+    """int32 `[B, T]`: 1 where a token stands, 0 where nothing does (the padding of a prompt, slots to come)"""
+    positions: Array
+    """int32 `[B, T]`: the token's position in its text"""
+    slot: Array
+    """int32 `[]`: the next slot to write"""
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """Room for `slots` tokens a row."""
+    shape = (batch, slots, config.kv_heads, config.head_size)
+    kind = precision.dtype(config.compute)
+    layers = tuple(Layer(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in range(config.layers))
+    nothing = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(layers, nothing, nothing, jnp.int32(0))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, kind: Attention):
+        self.attention_norm = RMSNorm(config.width, "norm", config.norm_epsilon)
+        self.attention = SelfAttention(config, kind)
+        self.mlp_norm = RMSNorm(config.width, "norm", config.norm_epsilon)
+        self.mlp = GatedMLP(config)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], angles: Float32[Array, "B S half"], place: Place, past: Layer | None = None
+    ) -> tuple[Float[Array, "B S D"], Layer | None]:
+        mixed, past = self.attention(self.attention_norm(x), angles, place, past)
+        x = x + mixed
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", "sequence", None), past
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks, final norm, output head."""
+
+    def __init__(self, config: ModelConfig):
+        V, D, L, P = config.vocab_size, config.width, config.layers, len(config.pattern)
+        # A tied table is also the head: at D^-1/2 the first logits have unit variance.
+        std = D**-0.5 if config.tied_embeddings else 1.0
+        self.embedding = weight((V, D), ("vocab", "embed"), Normal(std))
+        if config.scan_layers:
+            whole = L - L % P
+            self.stack = nnx.Dict(
+                {
+                    str(p): number(Block(config, config.kind(p)), tuple(range(p, whole, P)), stacked=True)
+                    for p in range(P if whole else 0)
+                }
+            )
+            self.tail = nnx.Dict({str(i): self._block(config, i) for i in range(whole, L)})
+            self.group = tuple(define(Block(config, kind)) for kind in config.pattern)
+        else:
+            self.layers = nnx.Dict({str(i): self._block(config, i) for i in range(L)})
+        self.final_norm = RMSNorm(D, "norm", config.norm_epsilon)
+        if not config.tied_embeddings:
+            self.head = weight((D, V), ("embed", "vocab"), Normal(D**-0.5))
+        self.config = config
+
+    def _block(self, config: ModelConfig, index: int) -> nnx.Module:
+        return number(Block(config, config.kind(index)), (index,), stacked=False)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Hidden states after the final norm, in the compute type; and the cache with these tokens in it.
+
+        `segments` are 0 at padding; a token sees its own segment up to itself. With a cache, S new tokens are
+        written at its slot and see what it holds.
+        """
+        c = self.config
+        x = self.embed(ids)
+        angles = rotary_angles(positions, c.head_size, c.rope_base)
+        if cache is None:
+            place = Place(segments, positions, segments, positions)
+            return self.final_norm(self._run(x, angles, place)), None
+        if c.scan_layers:
+            raise ValueError("a cache needs unrolled layers (see model/layout.py): a scan would copy it every step")
+        cache = cache._replace(
+            segments=jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.slot, 1),
+            positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.slot, 1),
+        )
+        place = Place(segments, positions, cache.segments, cache.positions, cache.slot)
+        layers = []
+        for index in range(c.layers):
+            x, layer = self.layers[str(index)](x, angles, place, cache.layers[index])
+            layers.append(layer)
+        return self.final_norm(x), cache._replace(layers=tuple(layers), slot=cache.slot + ids.shape[1])
+
+    def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        # The table is gathered over fsdp before the lookup: looking up in a table that is sharded over both of
+        # its axes makes the partitioner materialise it anew for every use.
+        table = constrain(self.embedding[...].astype(precision.dtype(self.config.compute)), "activation_vocab", None)
+        x = table[ids]
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.width**0.5, x.dtype)
+        return constrain(x, "batch", "sequence", None)
+
+    def _run(self, x: Array, angles: Array, place: Place) -> Array:
+        """All blocks without a cache: a scan over the stacked groups, then the tail."""
+        policy = REMAT_POLICIES.get(self.config.remat)
+        remat = (lambda f: jax.checkpoint(f, policy=policy)) if policy else (lambda f: f)
+        if not self.config.scan_layers:
+            for index in range(self.config.layers):
+                x = remat(lambda x, block: block(x, angles, place)[0])(x, self.layers[str(index)])
+            return x
+
+        def group(x: Array, layers: dict[str, Any]) -> tuple[Array, None]:
+            for position, block in enumerate(self.group):
+                x = apply(block, layers[str(position)], lambda m, x=x: m(x, angles, place)[0])
+            return x, None
+
+        if len(self.stack):
+            stacked = nnx.to_pure_dict(nnx.split(self.stack)[1])
+            x, _ = jax.lax.scan(remat(group), x, stacked)
+        for block in self.tail.values():
+            x = remat(lambda x, block: block(x, angles, place)[0])(x, block)
+        return x
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        head = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        logits = precision.matmul(hidden, head, self.config.compute).astype(jnp.float32)
+        cap = self.config.logit_soft_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def define_model(config: ModelConfig, matrix_dtype: Any = jnp.float32) -> Definition:
+    """The definition of a complete config (`ModelConfig.complete`)."""
+    return define(Transformer(config), matrix_dtype)
+
+
+def for_inference(config: ModelConfig) -> tuple[ModelConfig, Definition]:
+    """The same model with unrolled layers and matrices in the compute type, as the sampler runs it."""
+    config = dataclasses.replace(config, scan_layers=False, remat="none", attention="plain")
+    return config, define_model(config, precision.dtype(config.compute))
+
+
+def flops_per_token(config: ModelConfig, sequence: int) -> float:
+    """Model FLOPs of training on one token: 6 per weight of a matrix product, 12 per head-sized score seen.
+
+    The embedding lookup is free; a causal query sees (sequence + 1) / 2 keys on average (arXiv:2204.02311, appendix B,
+    counts all S keys; we count those that are seen).
+    """
+    D, N = config.width, config.head_size
+    per_layer = 2 * D * N * (config.heads + config.kv_heads) + 3 * D * config.feed_forward
+    weights = config.layers * per_layer + D * config.vocab_size
+    seen = 0.0
+    for layer in range(config.layers):
+        reach = min(config.window, sequence) if config.kind(layer) == "local" else sequence
+        seen += (reach + 1) / 2 if reach == sequence else reach - reach * (reach - 1) / (2 * sequence)
+    return 6 * weights + 12 * config.heads * N * seen
