@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -56,6 +55,8 @@ def hash_json(value: Any) -> str:
 
 def expand(pattern: str, field: str) -> list[epath.Path]:
     """The files that a path or glob names, sorted; a folder stands for itself. Names `field` when there are none."""
+    if "**" in pattern:
+        raise UserError(f"{field}: got {pattern!r}; ** is not understood, but a folder is read with all below it")
     path = epath.Path(pattern)
     if not any(c in pattern for c in "*?["):
         if not path.exists():
@@ -72,8 +73,25 @@ def expand(pattern: str, field: str) -> list[epath.Path]:
 
 def walk(folder: epath.PathLike) -> Iterator[str]:
     """Paths of all files below `folder`, relative to it, sorted, hidden ones left out."""
+    for path in sorted(epath.Path(folder).iterdir(), key=lambda p: p.name):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from (f"{path.name}/{below}" for below in walk(path))
+        else:
+            yield path.name
+
+
+def clear(folder: epath.PathLike, patterns: Iterable[str]) -> None:
+    """Makes `folder` and deletes the files in it that match a glob of `patterns`: what an unfinished run left behind.
+
+    Only names that the caller itself writes belong in `patterns`; whatever else is in the folder stays.
+    """
     folder = epath.Path(folder)
-    for path in sorted(folder.rglob("*")):
-        relative = os.fspath(path)[len(os.fspath(folder)) :].lstrip("/")
-        if path.is_file() and not any(part.startswith(".") for part in relative.split("/")):
-            yield relative
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from error

@@ -62,9 +62,7 @@ def write(
         for entry in contents
         for below in (files.walk(folder / entry) if (folder / entry).is_dir() else ("",))
     ]
-    listed = {
-        name: {"bytes": (folder / name).stat().length, "sha256": files.sha256(folder / name)} for name in names
-    }
+    listed = {name: {"bytes": (folder / name).stat().length, "sha256": files.sha256(folder / name)} for name in names}
     content = {"kind": kind, "inputs": sorted(inputs.values()), "config": config, "files": listed}
     manifest = Manifest(
         kind=kind,
@@ -95,11 +93,48 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
         raise UserError(f"{where}/manifest.json: is not a jaxlm manifest")
     if values["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"{where}: has format_version {values['format_version']}, this jaxlm reads up to {FORMAT_VERSION}; update jaxlm"
+            f"{where}: has format_version {values['format_version']}, this jaxlm reads up to {FORMAT_VERSION}; "
+            "update jaxlm"
         )
     if kind is not None and values["kind"] != kind:
         raise UserError(f"{where}: holds {values['kind']}, but {kind} is needed here")
     return Manifest(**{name: values[name] for name in known})
+
+
+def input_hash(path: str) -> str:
+    """The hash that stands for an input's content now; "absent" when it is not there.
+
+    A folder with a manifest has the manifest's, a file its sha256, a glob or another folder that of all its files,
+    and `installed:a,b` (documentation of modules) that of the versions of Python and of those packages.
+    """
+    if path.startswith("installed:"):
+        names = sorted({module.split(".")[0] for module in path.removeprefix("installed:").split(",")})
+        owners = importlib.metadata.packages_distributions()
+        found = {dist: importlib.metadata.version(dist) for name in names for dist in owners.get(name, [])}
+        return files.hash_json([platform.python_version(), names, found])
+    try:
+        found_paths = files.expand(path, "input")
+    except UserError:
+        return "absent"
+    if len(found_paths) == 1 and found_paths[0].is_file():
+        return files.sha256(found_paths[0])
+    if len(found_paths) == 1 and (found_paths[0] / "manifest.json").exists():
+        return read(found_paths[0]).hash
+    each = [p / name if name else p for p in found_paths for name in (files.walk(p) if p.is_dir() else ("",))]
+    return files.hash_json([[str(p), files.sha256(p)] for p in each])
+
+
+def keep_inputs(folder: epath.PathLike, inputs: Mapping[str, str]) -> None:
+    """Notes what a run began with; a continuation with other inputs is refused by name."""
+    path = epath.Path(folder) / "inputs.json"
+    known = files.read_json(path) if path.exists() else {}
+    changed = [name for name, digest in inputs.items() if known.get(name, digest) != digest]
+    if changed:
+        raise UserError(
+            f"{folder}: this run began with another content of {', '.join(changed)}; "
+            "use another --workdir, or bring the old content back"
+        )
+    files.write_json(path, dict(inputs))
 
 
 def verify(folder: epath.PathLike, manifest: Manifest) -> None:
@@ -110,7 +145,9 @@ def verify(folder: epath.PathLike, manifest: Manifest) -> None:
         if not path.exists():
             raise UserError(f"{path}: is missing, though {folder}/manifest.json lists it")
         if path.stat().length != entry["bytes"] or files.sha256(path) != entry["sha256"]:
-            raise UserError(f"{path}: its content differs from the manifest's sha256; the file is damaged or was edited")
+            raise UserError(
+                f"{path}: its content differs from the manifest's sha256; the file is damaged or was edited"
+            )
 
 
 def inside(folder: epath.Path, name: str) -> epath.Path:

@@ -1,8 +1,8 @@
 """Metrics are (sum, weight) pairs, merged by adding and divided once: a mean of means is never taken.
 
-    >>> total = merge(Mean(jnp.float32(6), jnp.float32(4)), Mean(jnp.float32(1), jnp.float32(1)))
-    >>> float(total.value())
-    1.4
+>>> total = merge(Mean(jnp.float32(6), jnp.float32(4)), Mean(jnp.float32(1), jnp.float32(1)))
+>>> float(total.value())
+1.4
 """
 
 from typing import Any, NamedTuple
@@ -56,4 +56,6 @@ def scalar(value: jax.Array) -> Mean:
 def values(metrics: dict[str, Mean]) -> dict[str, float]:
     """Divides on the host; blocks until the devices have the numbers."""
     fetched = jax.device_get(metrics)
-    return {name: float(mean.sum) / float(mean.weight) if mean.weight else float("nan") for name, mean in fetched.items()}
+    return {
+        name: float(mean.sum) / float(mean.weight) if mean.weight else float("nan") for name, mean in fetched.items()
+    }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-def key(seed: int, *names: str | int | jax.Array) -> jax.Array:
+def key(seed: int | jax.Array, *names: str | int | jax.Array) -> jax.Array:
     """A typed threefry key for `(seed, *names)`; names are strings, integers, or traced integers."""
     made = jax.random.key(seed, impl="threefry2x32")
     for name in names:

@@ -83,7 +83,7 @@ def weight_sharding(mesh: Mesh, path: str, axes: Sequence[str | None], shape: Se
     return NamedSharding(mesh, placed)
 
 
-def _names(part: None | str | tuple[str, ...]) -> tuple[str, ...]:
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else part
 
 

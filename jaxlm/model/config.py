@@ -78,13 +78,12 @@ class ModelConfig:
         """Fills in what follows from other fields; raises ConfigError for what has to be given."""
         for field in ("vocab_size", "layers", "width", "heads"):
             check(getattr(self, field) > 0, field, "is 0; give it, or a depth to derive it from")
-        full = dataclasses.replace(
+        return dataclasses.replace(
             self,
             kv_heads=self.kv_heads or self.heads,
             head_size=self.head_size or self.width // self.heads,
             feed_forward=self.feed_forward or -(-8 * self.width // (3 * 128)) * 128,
         )
-        return full
 
     def kind(self, layer: int) -> Attention:
         return self.pattern[layer % len(self.pattern)]

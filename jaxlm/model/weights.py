@@ -87,7 +87,9 @@ class Definition:
         return sum(math.prod(w.shape) for _, w in self.weights)
 
 
-def weight(shape: tuple[int, ...], axes: tuple[str, ...], init: Normal | Constant, *, matrix: bool = False) -> nnx.Param:
+def weight(
+    shape: tuple[int, ...], axes: tuple[str, ...], init: Normal | Constant, *, matrix: bool = False
+) -> nnx.Param:
     """Declares a float32 weight; no number is made here."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init=init, matrix=matrix, layers=())
 
@@ -148,9 +150,10 @@ def initialize(definition: Definition, seed: int) -> Params:
         if len(declared.axes) == 0 or declared.axes[0] != "layers":
             layer = declared.layers  # () or (index,)
             return declared.init(rng.key(seed, "init", declared.name, *layer), declared.shape, declared.dtype)
-        one = lambda layer: declared.init(  # noqa: E731
-            rng.key(seed, "init", declared.name, layer), declared.shape[1:], declared.dtype
-        )
+
+        def one(layer: jax.Array) -> jax.Array:
+            return declared.init(rng.key(seed, "init", declared.name, layer), declared.shape[1:], declared.dtype)
+
         return jax.vmap(one)(jnp.array(declared.layers, jnp.uint32))
 
     return definition.tree(make)

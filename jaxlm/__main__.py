@@ -1,0 +1,174 @@
+"""The command line: `python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
+
+The only map from a stage's name to its module; modules are imported when a stage is asked for, jax with them.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.base import config as configs
+from jaxlm.base.errors import JaxlmError, UserError, nearest
+
+
+class Stage(NamedTuple):
+    module: str
+    config: str
+    """module:class of its config, importable without jax"""
+    purpose: str
+
+
+STAGES = {
+    "prepare": Stage("jaxlm.stages.prepare", "jaxlm.text.config:PrepareConfig", "documents → clean shards"),
+    "tokenizer": Stage("jaxlm.stages.tokenizer", "jaxlm.tokenizer.config:TokenizerConfig", "documents → vocabulary"),
+    "pack": Stage("jaxlm.stages.pack", "jaxlm.data.config:PackConfig", "documents → rows of tokens"),
+    "pretrain": Stage("jaxlm.stages.pretrain", "jaxlm.stages.config:PretrainConfig", "rows → base model"),
+    "sample": Stage("jaxlm.stages.sample", "jaxlm.sample.config:SampleConfig", "model + prompts → completions"),
+    "evaluate": Stage("jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts → bits per byte"),
+    "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
+}
+
+USAGE = """\
+python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
+python -m jaxlm STAGE --help      the stage's fields, with their defaults
+
+Stages:
+"""
+
+
+def load_stage(name: str) -> Any:
+    """The module of a stage."""
+    return importlib.import_module(STAGES[name].module)
+
+
+def config_class(name: str) -> type[configs.StageConfig]:
+    module, attribute = STAGES[name].config.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def help_text(name: str) -> str:
+    """The fields of a stage's config."""
+    cls = config_class(name)
+    lines = [f"python -m jaxlm {name} --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]", ""]
+    lines += [" ".join((cls.__doc__ or "").split()), "", "Fields (type = default):", ""]
+    hidden = ("workdir",)
+    for field, kind, default, doc in configs.describe(cls):
+        if field not in hidden:
+            lines += [f"  {field}: {kind} = {default}", f"      {doc}"]
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
+    """(--config, --workdir, raw overrides) from the arguments after the stage; absl parses all but the overrides."""
+    from absl import flags
+
+    overrides: dict[str, str] = {}
+    rest = []
+    for argument in arguments:
+        bare = argument.lstrip("-")
+        if argument.startswith("-") and bare.startswith("config."):
+            field, equals, value = bare.removeprefix("config.").partition("=")
+            if not equals:
+                raise UserError(f"{argument}: has no value; write --config.{field}=VALUE")
+            overrides[field] = value
+        else:
+            rest.append(argument)
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "File with get_config().", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Folder for the results.", flag_values=values)
+    try:
+        left = values(["jaxlm", *rest])
+    except flags.Error as error:
+        raise UserError(f"{str(error).splitlines()[0]}; the flags are --config, --workdir and --config.FIELD") from None
+    if len(left) > 1:
+        raise UserError(f"{left[1]!r}: is not understood; the flags are --config, --workdir and --config.FIELD=VALUE")
+    for flag in ("config", "workdir"):
+        if not getattr(values, flag):
+            raise UserError(f"--{flag}: is missing; usage: {USAGE.splitlines()[0]}")
+    return values.config, values.workdir, overrides
+
+
+def make_config(name: str, path: str, workdir: str, overrides: dict[str, str]) -> configs.StageConfig:
+    """The stage's final config: file, overrides, checks."""
+    config = configs.load_config_file(path)
+    cls = config_class(name)
+    if not isinstance(config, cls):
+        made_for = getattr(config, "stage", type(config).__name__)
+        hint = f"; for one stage of it: run --config.only={name}" if made_for == "run" else ""
+        raise UserError(f"{path}: is a config for {made_for!r}, not for {name!r}{hint}")
+    configs.check_types(config)
+    config = configs.override(config, overrides)
+    return configs.override(config, {"workdir": workdir})
+
+
+def prepare_workdir(config: configs.StageConfig) -> None:
+    """Makes the folder and keeps the config in it; a folder of another config is refused, field by field."""
+    from jaxlm.base import files
+
+    folder = Path(config.workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.cannot_write(folder, error) from error
+    kept = folder / "config.json"
+    if kept.exists():
+        changed = list(configs.differences(files.read_json(kept).get("identity"), configs.identity(config)))
+        if changed:
+            lines = [f"  {field}: was {old!r}, now {new!r}" for field, old, new in changed]
+            raise UserError(
+                f"--workdir: {folder} belongs to a run with another config; use another folder, or the old values:\n"
+                + "\n".join(lines)
+            )
+    files.write_json(kept, {"config": configs.to_dict(config), "identity": configs.identity(config)})
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a command; returns its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, STAGES))
+        print(USAGE + "\n".join(f"  {name:{width}}  {stage.purpose}" for name, stage in STAGES.items()))
+        return 0
+    name, *rest = arguments
+    try:
+        if name in ("--version", "version"):
+            from jaxlm.version import VERSION
+
+            print(VERSION)
+            return 0
+        if name not in STAGES:
+            raise UserError(f"no stage is called {name!r}" + nearest(name, STAGES))
+        if any(argument in ("--help", "-h", "-help") for argument in rest):
+            print(help_text(name))
+            return 0
+        config = make_config(name, *parse_arguments(rest))
+        if name != "run":  # `run` decides stage by stage
+            prepare_workdir(config)
+        from jaxlm.base import logging
+
+        logging.start(config.workdir if Path(config.workdir).is_dir() else None)
+        load_stage(name).main(config)
+        return 0
+    except JaxlmError as error:
+        print(f"jaxlm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("jaxlm: stopped", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def command() -> None:
+    """The console command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

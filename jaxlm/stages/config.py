@@ -1,0 +1,99 @@
+"""Configs of the stages that compose several packages; the others stand in their package's `config.py`."""
+
+import dataclasses
+from typing import ClassVar
+
+from jaxlm.base.config import MeshConfig, StageConfig, check
+from jaxlm.data.config import MixtureSource
+from jaxlm.model.config import ModelConfig
+from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StageConfig):
+    """Trains a decoder transformer on packed rows."""
+
+    stage: ClassVar[str] = "pretrain"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "mesh", "loop", "loss_chunk_tokens")
+
+    data: tuple[MixtureSource, ...] = ()
+    """Folders of packed rows with their weights in the mixture."""
+    depth: int = 0
+    """Derives all that is left at 0: model, batch, learning rate, steps. 0: give them."""
+    model: ModelConfig = ModelConfig()
+    """The transformer."""
+    row_length: int = 0
+    """S: tokens a row; 0 takes the rows'."""
+    batch_rows: int = 0
+    """Rows of the global batch; 0 derives them from the depth."""
+    accumulate: int = 1
+    """Pieces in which a batch is worked off, one after the other, for less memory; the result is the same."""
+    steps: int = 0
+    """Updates of the whole schedule; 0 derives them from the depth."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate."""
+    z_loss: float = 0.0
+    """Weight of log²(normaliser) in the objective; 1e-4 keeps logits from drifting."""
+    loss_chunk_tokens: int = 0
+    """Makes the logits of so many tokens at a time, for less memory; 0: of all at once."""
+    heldout_batches: int = 0
+    """Batches of each source's held-out rows an evaluation reads; 0: all."""
+    plateau: PlateauConfig = PlateauConfig()
+    """When to stop early."""
+    seed: int = 0
+    """Of initial values and of the order of the data."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices share the work."""
+    loop: LoopConfig = LoopConfig()
+    """Logging, evaluation, saving."""
+
+    def __post_init__(self):
+        check(self.depth >= 0, "depth", f"got {self.depth}; a positive depth, or 0, is needed")
+        check(self.batch_rows >= 0, "batch_rows", f"got {self.batch_rows}; a positive number, or 0, is needed")
+        check(self.steps >= 0, "steps", f"got {self.steps}; a positive number, or 0, is needed")
+        check(self.accumulate >= 1, "accumulate", f"got {self.accumulate}; 1 or more is needed")
+        if self.batch_rows:
+            check(
+                self.batch_rows % self.accumulate == 0,
+                "accumulate",
+                f"{self.accumulate} pieces do not divide a batch of {self.batch_rows} rows",
+            )
+        check(self.heldout_batches >= 0, "heldout_batches", f"got {self.heldout_batches}; 0 or more is needed")
+        check(self.z_loss >= 0, "z_loss", f"got {self.z_loss}; 0 or more is needed")
+        check(self.loss_chunk_tokens >= 0, "loss_chunk_tokens", f"got {self.loss_chunk_tokens}; 0 or more is needed")
+        check(self.seed >= 0, "seed", f"got {self.seed}; 0 or more is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(StageConfig):
+    """Several stages, one after the other, each in WORKDIR/NAME.
+
+    A path `@NAME` in a stage's config stands for the folder of the stage of that name.
+    """
+
+    stage: ClassVar[str] = "run"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "only")
+
+    stages: tuple[StageConfig, ...] = ()
+    """The stages' configs, in order; reached by name: --config.stages.pretrain.steps=100."""
+    only: tuple[str, ...] = ()
+    """Run just these stages; empty: all of them."""
+
+    def __post_init__(self):
+        names = [stage_name(stage) for stage in self.stages]
+        check(len(names) > 0, "stages", "is empty; give at least one stage's config")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        check(not twice, "stages", f"two stages are called {', '.join(twice)}; give them different names")
+        check(
+            all(isinstance(stage, StageConfig) and not isinstance(stage, RunConfig) for stage in self.stages),
+            "stages",
+            "every item must be a stage's config, and none a run",
+        )
+        for name in self.only:
+            check(name in names, "only", f"no stage is called {name!r}; the stages are {', '.join(names)}")
+
+
+def stage_name(config: StageConfig) -> str:
+    return config.name or config.stage

@@ -1,0 +1,304 @@
+"""Pretraining: packed rows → a base model.
+
+    python -m jaxlm pretrain --config=configs/pretrain_10m.py --workdir=runs/base
+
+The step is `train_step` below; the loop around it (`jaxlm/train/loop.py`) iterates, saves and logs. Results lie in
+WORKDIR: metrics.jsonl, checkpoints/, and at the end model/, which every later stage takes. The same command goes on
+where a stopped run was.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.base import files, manifest, metrics, sharding
+from jaxlm.base.config import identity
+from jaxlm.base.errors import ConfigError
+from jaxlm.base.logging import logger
+from jaxlm.base.metrics import Mean
+from jaxlm.data.loader import Loader, RowSource, heldout_batches
+from jaxlm.model.transformer import apply, define_model, flops_per_token
+from jaxlm.stages.config import PretrainConfig
+from jaxlm.tokenizer import tokenizer as tokenizers
+from jaxlm.train import losses, model_directory
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.depth import derive
+from jaxlm.train.loop import Task, train
+from jaxlm.train.schedule import learning_rate
+from jaxlm.train.state import Program, Shardings, TrainState, initial_state, state_shardings, with_shardings
+
+Config = PretrainConfig
+
+
+def validate(config: PretrainConfig, device_count: int) -> None:
+    """Raises ConfigError for what no single field shows: data, batch and mesh together."""
+    if not config.data:
+        raise ConfigError("data", "is empty; give at least one folder of packed rows")
+    sizes = config.mesh.sizes(device_count)
+    pieces = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
+    if config.batch_rows % (pieces * config.accumulate):
+        raise ConfigError(
+            "batch_rows",
+            f"{config.batch_rows} rows do not divide among {pieces} parts of the mesh in {config.accumulate} pieces",
+        )
+    for field in ("heads", "kv_heads"):
+        if getattr(config.model, field) % sizes["tensor"]:
+            raise ConfigError(
+                "mesh.tensor", f"{sizes['tensor']} does not divide model.{field} {getattr(config.model, field)}"
+            )
+
+
+def complete(config: PretrainConfig) -> PretrainConfig:
+    """The config with nothing left to derive; reads the rows' manifests. Raises UserError for what does not fit."""
+    if not config.data:
+        raise ConfigError("data", "is empty; give at least one folder of packed rows")
+    facts = manifest.read(config.data[0].path, "rows", "data").facts
+    if config.model.vocab_size and config.model.vocab_size < facts["vocab_size"]:
+        raise ConfigError(
+            "model.vocab_size", f"{config.model.vocab_size} is below the tokenizer's {facts['vocab_size']} tokens"
+        )
+    if config.row_length and config.row_length != facts["row_length"]:
+        raise ConfigError("row_length", f"is {config.row_length}, but the rows have {facts['row_length']} tokens")
+    dial = derive(
+        config.depth,
+        config.model,
+        vocab_size=facts["vocab_size"],
+        row_length=facts["row_length"],
+        batch_rows=config.batch_rows,
+        steps=config.steps,
+        peak=config.schedule.peak,
+    )
+    return dataclasses.replace(
+        config,
+        model=dial.model,
+        row_length=facts["row_length"],
+        batch_rows=dial.batch_rows,
+        steps=dial.steps,
+        schedule=dataclasses.replace(config.schedule, peak=dial.peak),
+    )
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], *, config: PretrainConfig, definition: Any, optimizer: Any
+) -> tuple[TrainState, dict[str, Mean]]:
+    """One update on a global batch of rows `[B, S]`."""
+    # The loss is a sum over the global batch's targets, divided by their number: pieces and devices only add.
+    targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
+    count = jnp.maximum(targets, 1).astype(jnp.float32)
+
+    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+        sums = row_sums(params, rows, definition, config.loss_chunk_tokens)
+        return (sums.loss + config.z_loss * sums.squared_normalizer) / count, losses.as_metrics(sums)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if config.accumulate == 1:
+        (loss, measured), gradients = gradient(state.params, batch)
+    else:
+        # Piece a takes rows a, a + A, …: each device splits its own rows, nothing moves between devices.
+        pieces = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, x.shape[1]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, state.params, batch))
+
+        def add(total: Any, rows: dict[str, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.params, rows)), None
+
+        ((loss, measured), gradients), _ = jax.lax.scan(add, zero, pieces)
+
+    norm = optimizers.global_norm(gradients)
+    # A batch without a target has a loss of 0 and a gradient of 0, and would still decay the weights: a bad step too.
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (targets > 0)
+    gradients = optimizers.clip(gradients, norm, config.optimizer.clip_norm)
+    direction, optimizer_state = optimizers.direction(optimizer, gradients, state.optimizer, state.params)
+    rate = learning_rate(config.schedule, state.step, config.steps)
+    params = jax.tree.map(lambda p, d: p + rate * d, state.params, direction)
+    decay = config.optimizer.ema
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else {}
+
+    kept = TrainState(
+        step=state.step + 1,
+        params=optimizers.where(good, params, state.params),
+        optimizer=optimizers.where(good, optimizer_state, state.optimizer),
+        ema=optimizers.where(good, ema, state.ema),
+        skipped=state.skipped + jnp.where(good, 0, 1),
+    )
+    measured |= {
+        "train/gradient_norm": metrics.scalar(norm),
+        "train/update_norm": metrics.scalar(rate * optimizers.global_norm(direction)),
+        "train/parameter_norm": metrics.scalar(optimizers.global_norm(state.params)),
+        "train/learning_rate": metrics.scalar(rate),
+        "train/skipped_steps": metrics.scalar(kept.skipped),
+    }
+    return kept, measured
+
+
+def row_sums(params: Any, rows: dict[str, jax.Array], definition: Any, chunk_tokens: int) -> losses.TokenSums:
+    """Loss sums over the targets of `rows`; the logits of `chunk_tokens` positions at a time, or of all at once."""
+    hidden = apply(definition, params, lambda m: m(rows["ids"], rows["segment_ids"], rows["positions"])[0])
+    targets, counted = losses.targets_of(rows["ids"], rows["loss_mask"])
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
+
+    def sums(flat: Any) -> losses.TokenSums:
+        logits = apply(definition, params, lambda m: m.logits(flat[0]))
+        return losses.token_sums(logits, flat[1], flat[2])
+
+    tokens = flat[1].shape[0]
+    if not chunk_tokens or tokens <= chunk_tokens:
+        return sums(flat)
+    chunks = jax.tree.map(lambda x: x.reshape(tokens // chunk_tokens, chunk_tokens, *x.shape[1:]), flat)
+    each = jax.lax.map(jax.checkpoint(sums), chunks)
+    return jax.tree.map(jnp.sum, each)
+
+
+def evaluate_batch(params: Any, batch: dict[str, jax.Array], *, definition: Any, chunk_tokens: int) -> dict[str, Mean]:
+    """Held-out sums of one batch; its "bytes" are those that each token stands for, int32 `[B, S]`."""
+    sums = row_sums(params, batch, definition, chunk_tokens)
+    bytes_ = jnp.sum(jnp.where(batch["loss_mask"], batch["bytes"], 0)).astype(jnp.float32)
+    return {
+        "eval/loss": Mean(sums.loss, sums.count),
+        "eval/bits_per_byte": Mean(sums.loss / math.log(2), bytes_),
+        "eval/accuracy": Mean(sums.correct, sums.count),
+    }
+
+
+def build(config: PretrainConfig, mesh: Mesh) -> Program:
+    """The compiled-once step with pinned shardings, for a complete config; nothing is allocated here."""
+    attention = config.model.attention
+    if attention == "auto":
+        attention = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
+    definition = define_model(dataclasses.replace(config.model, attention=attention))
+    optimizer = optimizers.make_optimizer(config.optimizer, definition)
+
+    make = functools.partial(initial_state, definition, optimizer, config.seed, config.optimizer.ema > 0)
+    abstract = jax.eval_shape(make)
+    placed = state_shardings(abstract, definition, mesh)
+    rows = sharding.batch_sharding(mesh)
+    shape = (config.batch_rows, config.row_length)
+    int_rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    abstract_batch = {
+        "ids": int_rows,
+        "segment_ids": int_rows,
+        "positions": int_rows,
+        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
+    }
+    batch_placed = dict.fromkeys(abstract_batch, rows)
+    heldout_placed = batch_placed | {"bytes": rows}
+    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+    evaluate = functools.partial(evaluate_batch, definition=definition, chunk_tokens=config.loss_chunk_tokens)
+    whole = sharding.replicated(mesh)
+    return Program(
+        step=jax.jit(step, in_shardings=(placed, batch_placed), out_shardings=(placed, whole), donate_argnums=0),
+        evaluate=jax.jit(evaluate, in_shardings=(placed.params, heldout_placed), out_shardings=whole),
+        initialize=jax.jit(make, out_shardings=placed),
+        abstract_state=with_shardings(abstract, placed),
+        abstract_batch=abstract_batch,
+        shardings=Shardings(placed, batch_placed),
+        mesh=mesh,
+    )
+
+
+def heldout_rows(config: PretrainConfig) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of the held-out batches of all sources, with the bytes that each token stands for."""
+    for source in config.data:
+        if not manifest.read(source.path, "rows").facts["heldout"]["rows"]:
+            continue
+        token_bytes = tokenizers.load(f"{source.path}/tokenizer").token_bytes()
+        rows = heldout_batches(
+            RowSource(source.path, "heldout"),
+            config.batch_rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            limit=config.heldout_batches or None,
+        )
+        for batch, _ in rows:
+            yield batch | {"bytes": token_bytes[batch["ids"]]}
+
+
+def announce(config: PretrainConfig, mesh: Mesh) -> None:
+    """Prints what follows from the config: sizes, tokens, FLOPs, and each weight's rule."""
+    definition = define_model(config.model)
+    model = config.model
+    tokens = config.batch_rows * config.row_length
+    flops = flops_per_token(model, config.row_length)
+    logger.info(
+        "%s parameters: %d layers, width %d, %d heads (%d for keys), feed-forward %d, vocabulary %d",
+        f"{definition.parameter_count():,}",
+        *(model.layers, model.width, model.heads, model.kv_heads, model.feed_forward, model.vocab_size),
+    )
+    logger.info(
+        "%d steps of %s tokens: %s tokens, %.2e FLOPs; peak learning rate %.2e",
+        config.steps,
+        f"{tokens:,}",
+        f"{config.steps * tokens:,}",
+        flops * tokens * config.steps,
+        config.schedule.peak,
+    )
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    logger.info("mesh: %s of %s", shape, mesh.devices.flat[0].device_kind)
+    for path, size, rule in optimizers.table(definition, config.optimizer):
+        logger.info("  %-28s %-18s %s", path, size, rule)
+
+
+def main(config: PretrainConfig) -> dict[str, Any]:
+    """Trains, goes on where it was, and writes WORKDIR/model at the end."""
+    began = time.monotonic()
+    config = complete(config)
+    validate(config, jax.device_count())
+    inputs = {source.path: manifest.input_hash(source.path) for source in config.data}
+    if jax.process_index() == 0:
+        manifest.keep_inputs(config.workdir, inputs)
+    loader = Loader(
+        [(source.path, source.weight) for source in config.data],
+        "train",
+        global_batch=config.batch_rows,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    announce(config, mesh)
+    outcome = train(
+        Task(
+            program=build(config, mesh),
+            model=config.model,
+            steps=config.steps,
+            rows=lambda step: (rows for _, rows in loader.batches(step)),
+            heldout=lambda: heldout_rows(config),
+            tokens_per_step=config.batch_rows * config.row_length,
+            flops_per_token=flops_per_token(config.model, config.row_length),
+            identity={"config": files.hash_json(identity(config)), "tokenizer": loader.tokenizer_hash}
+            | {f"data {number}": digest for number, digest in enumerate(inputs.values())},
+            plateau=config.plateau,
+        ),
+        config.loop,
+        config.workdir,
+    )
+    bits = outcome.evaluation.get("eval/bits_per_byte")
+    summary = {
+        "seconds": time.monotonic() - began,
+        "tokens_per_second": outcome.tokens_per_second,
+        "figure": f"{bits:.3f} bits a byte held out" if bits else f"step {outcome.step}",
+    }
+    if 0 < config.loop.stop_at_step < config.steps and outcome.step == config.loop.stop_at_step:
+        logger.info("stopped at step %d, as told; without loop.stop_at_step the run goes on", outcome.step)
+        return summary
+    facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
+    with jax.set_mesh(mesh):
+        model_directory.write(
+            f"{config.workdir}/model",
+            outcome.state.ema or outcome.state.params,
+            config.model,
+            f"{config.data[0].path}/tokenizer",
+            inputs=inputs,
+            config=identity(config),
+            facts=facts,
+        )
+    if jax.process_index() == 0:
+        manifest.write(config.workdir, "run", contents=["model"], inputs=inputs, config=identity(config), facts=facts)
+    return summary

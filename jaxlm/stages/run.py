@@ -1,0 +1,141 @@
+"""Several stages from one file, each in WORKDIR/NAME; what is done and unchanged is not done again.
+
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo
+
+A stage is skipped when its manifest has this config and these inputs. Results of another config or of other inputs
+are moved aside to NAME.outdated-1, never deleted; unfinished work with the same config is gone on with. Ends with a
+table of all stages and with the samples.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.table
+
+from jaxlm.base import config as configs
+from jaxlm.base import files, logging, manifest
+from jaxlm.base.config import StageConfig
+from jaxlm.base.errors import ConfigError
+from jaxlm.base.logging import logger
+from jaxlm.stages.config import RunConfig, stage_name
+
+Config = RunConfig
+
+
+def validate(config: RunConfig, device_count: int) -> None:
+    """Resolves all paths, so that a wrong @NAME is found before anything runs."""
+    for stage in resolve(config):
+        logger.debug("%s in %s", stage.stage, stage.workdir)
+
+
+def resolve(config: RunConfig) -> list[StageConfig]:
+    """The stages' configs with their folders, and with `@NAME` paths pointing into this run."""
+    folders: dict[str, str] = {}
+    resolved = []
+    for stage in config.stages:
+        name = stage_name(stage)
+        try:
+            stage = _replace_references(stage, folders)
+        except ConfigError as error:
+            raise error.within(f"stages.{name}") from None
+        folders[name] = f"{config.workdir}/{name}"
+        resolved.append(dataclasses.replace(stage, workdir=folders[name], name=name))
+    return resolved
+
+
+def _replace_references(value: Any, folders: dict[str, str]) -> Any:
+    if isinstance(value, str) and value.startswith("@"):
+        name, slash, rest = value[1:].partition("/")
+        if name not in folders:
+            known = ", ".join(folders) or "none"
+            raise ConfigError("path", f"{value!r} names no earlier stage of this run; earlier ones: {known}")
+        return folders[name] + slash + rest
+    if isinstance(value, tuple):
+        return tuple(_replace_references(item, folders) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new: dict[str, Any] = {}
+        for field in dataclasses.fields(value):
+            try:
+                replaced = _replace_references(getattr(value, field.name), folders)
+            except ConfigError as error:
+                raise ConfigError(error.path.replace("path", field.name, 1), error.problem) from None
+            if replaced is not getattr(value, field.name):
+                new[field.name] = replaced
+        return dataclasses.replace(value, **new) if new else value
+    return value
+
+
+def state_of(config: StageConfig) -> str:
+    """ "done", "new", "unfinished", or why the folder's content cannot be used: "another config", "other inputs"."""
+    folder = Path(config.workdir)
+    if not (folder / "config.json").exists():
+        return "new"
+    if list(configs.differences(files.read_json(folder / "config.json").get("identity"), configs.identity(config))):
+        return "another config"
+    made, begun = folder / "manifest.json", folder / "inputs.json"
+    inputs = manifest.read(folder).inputs if made.exists() else files.read_json(begun) if begun.exists() else {}
+    if any(manifest.input_hash(path) != known for path, known in inputs.items()):
+        return "other inputs"
+    return "done" if made.exists() else "unfinished"
+
+
+def move_aside(folder: Path) -> Path:
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.outdated-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target
+
+
+def main(config: RunConfig) -> dict[str, Any]:
+    """Runs the stages; returns stage name → its summary."""
+    from jaxlm.__main__ import load_stage, prepare_workdir
+
+    started = time.monotonic()
+    Path(config.workdir).mkdir(parents=True, exist_ok=True)
+    stages = resolve(config)
+    summaries: dict[str, Any] = {}
+    for stage in stages:
+        name = stage_name(stage)
+        if config.only and name not in config.only:
+            continue
+        logging.start(config.workdir)
+        state = state_of(stage)
+        if state == "done":
+            logger.info("%s: done before, unchanged", name)
+            summaries[name] = manifest.read(stage.workdir).facts["summary"]
+            continue
+        if state in ("another config", "other inputs"):
+            kept = move_aside(Path(stage.workdir))
+            logger.warning("%s: its results are of %s; they are kept in %s", name, state, kept)
+        prepare_workdir(stage)
+        logger.info("%s: starts in %s%s", name, stage.workdir, " where it was stopped" if state == "unfinished" else "")
+        logging.start(stage.workdir)
+        summaries[name] = load_stage(stage.stage).main(stage)
+    logging.start(config.workdir)
+    show(config, stages, summaries, time.monotonic() - started)
+    return summaries
+
+
+def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any], seconds: float) -> None:
+    """The table of stages, then what the last `sample` stage wrote."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"{config.workdir}: {seconds:.0f} s")
+    table.add_column("stage")
+    table.add_column("time", justify="right")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("result")
+    for name, summary in summaries.items():
+        rate = summary.get("tokens_per_second")
+        table.add_row(name, f"{summary['seconds']:.1f} s", f"{rate:,.0f}" if rate else "", summary["figure"])
+    logging.console.print(table)
+    samples = [stage for stage in stages if stage.stage == "sample" and stage_name(stage) in summaries]
+    for sample in samples[-1:]:
+        for line in (Path(sample.workdir) / "completions.jsonl").read_text("utf-8").splitlines()[:3]:
+            record = json.loads(line)
+            logging.console.print(f"[bold]{record['prompt']}[/]", end="", markup=False)
+            logging.console.print(record["text"], style="cyan", markup=False)
+            logging.console.print()

@@ -1,0 +1,295 @@
+"""The loop around every training step: it iterates, evaluates, logs and saves; it never sees a gradient.
+
+The order at the start, which is also the order of resuming:
+
+1. signals and watchdog, so that nothing after them can hang or be killed unseen;
+2. the newest intact checkpoint, or else the initial state, made in place on the mesh;
+3. metrics.jsonl, cut back to that step;
+4. the data, from that step on: its position is a function of the step;
+5. the compiled step.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxlm.train.metrics_writer import MetricsWriter
+from jaxlm.train.signals import StopSignals
+from jaxlm.train.watchdog import Watchdog
+
+from jaxlm.base import metrics, sharding
+from jaxlm.base.errors import Interrupted
+from jaxlm.base.logging import logger, progress
+from jaxlm.model.config import ModelConfig
+from jaxlm.train import throughput
+from jaxlm.train.checkpoint import Checkpointer, Restored
+from jaxlm.train.config import LoopConfig, PlateauConfig
+from jaxlm.train.plateau import stopped_falling
+from jaxlm.train.state import Program, convert_layout
+
+Rows = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a stage trains, and on what."""
+
+    program: Program
+    model: ModelConfig
+    steps: int
+    """of the whole schedule"""
+    rows: Callable[[int], Iterator[Rows]]
+    """step → this process's rows of the batches from there on"""
+    heldout: Callable[[], Iterable[Rows]]
+    """() → this process's rows of the held-out batches"""
+    tokens_per_step: int
+    flops_per_token: float
+    identity: Mapping[str, str]
+    """hashes that a checkpoint must share with this run"""
+    plateau: PlateauConfig
+    best_metric: str = "eval/bits_per_byte"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    state: Any
+    step: int
+    evaluation: dict[str, float]
+    """the last held-out figures"""
+    seconds: float
+    """of this process's life, first step to last"""
+    tokens_per_second: float
+
+
+def train(task: Task, config: LoopConfig, workdir: str) -> Outcome:
+    """Trains to the last step, to `stop_at_step` or to the plateau. Raises Interrupted after a signal, once saved."""
+    program = task.program
+    with (
+        jax.set_mesh(program.mesh),
+        StopSignals() as signals,
+        Watchdog(config.watchdog, workdir) as watchdog,
+    ):
+        watchdog.enter("start")
+        stacked = {"stacked": task.model.scan_layers}
+        checkpoints = Checkpointer(f"{workdir}/checkpoints", config.checkpoint, identity=task.identity, layout=stacked)
+        restored = restore(checkpoints, task)
+        state = restored.state if restored else program.initialize()
+        step = restored.step if restored else 0
+        figures = list(restored.extra["figures"]) if restored else []
+        last = min(config.stop_at_step or task.steps, task.steps)
+        if restored:
+            logger.info("goes on from step %d of %d", step, task.steps)
+            last = step if restored.extra["ended"] else last
+        writer = MetricsWriter(workdir, step)
+        run = _Run(task, config, workdir, checkpoints, writer, watchdog, figures)
+        try:
+            return run.steps(state, step, last, signals)
+        finally:
+            checkpoints.close()
+            writer.close()
+
+
+def restore(checkpoints: Checkpointer, task: Task) -> Restored | None:
+    """The newest intact state, its layers arranged as this run has them. None in a new run."""
+    newest = checkpoints.latest_intact()
+    wanted = task.program.abstract_state
+    stacked = task.model.scan_layers
+    if newest is None or checkpoints.manifest(newest).layout.get("stacked") == stacked:
+        return checkpoints.restore(wanted)
+    logger.info("the checkpoint's layers are %s; converting", "unrolled" if stacked else "stacked")
+    turn = lambda state: convert_layout(state, task.model, stacked)
+    other = jax.eval_shape(lambda s: convert_layout(s, task.model, not stacked), wanted)
+    whole = sharding.replicated(task.program.mesh)
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), other)
+    found = checkpoints.restore(other)
+    assert found is not None
+    return found._replace(state=jax.jit(turn, out_shardings=task.program.shardings.state)(found.state))
+
+
+class _Run:
+    """The pieces of one run of the loop, and what they share."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        workdir: str,
+        checkpoints: Checkpointer,
+        writer: MetricsWriter,
+        watchdog: Watchdog,
+        figures: list[float],
+    ):
+        self.task, self.config, self.workdir = task, config, workdir
+        self.checkpoints, self.writer, self.watchdog = checkpoints, writer, watchdog
+        self.figures = figures
+        """The best-metric's value at each evaluation so far."""
+        self.evaluation: dict[str, float] = {}
+        self.pending: tuple[int, dict[str, metrics.Mean]] | None = None
+        """A step's metrics, still on the devices: read one interval late, so that the loop never waits for them."""
+        self.skipped = 0
+
+    def steps(self, state: Any, step: int, last: int, signals: StopSignals) -> Outcome:
+        """From `step` to `last`, or to where a signal or the plateau ends it."""
+        task, config = self.task, self.config
+        compiled = self._compile() if step < last else None
+        rows = task.rows(step)
+        self.clock = clock = _Clock(task, step)
+        first, began, finished = step, time.monotonic(), step >= last
+        with progress("train", last) as bar:
+            bar.advance(step)
+            while not finished:
+                self.watchdog.enter("step")
+                self._profile(step)
+                clock.wait_begins()
+                batch = self._global(next(rows))
+                clock.wait_ends()
+                assert compiled is not None
+                state, measured = compiled(state, batch)
+                step += 1
+                bar.advance(1, clock.note)
+                if step % config.log_every_steps == 0 or step == last:
+                    self._log()
+                    self.pending = (step, measured)
+                stopped = False
+                if step % config.evaluate_every_steps == 0 or step == last:
+                    stopped = self._evaluate(state, step) and step < last
+                    clock.restart(step)
+                interrupted = signals.agreed(step) and step < last
+                finished = step >= last or stopped or interrupted
+                if step % config.checkpoint.every_steps == 0 or finished:
+                    self._save(state, step, ended=stopped)
+                    clock.restart(step)
+                if interrupted:
+                    self._close(step)
+                    raise Interrupted(f"{self.workdir}: saved at step {step} of {task.steps}; start me again to go on")
+        if not self.evaluation:
+            self._evaluate(state, step, log=False)
+        self._close(step)
+        seconds = time.monotonic() - began
+        rate = (step - first) * task.tokens_per_step / seconds if step > first else 0.0
+        return Outcome(state=state, step=step, evaluation=self.evaluation, seconds=seconds, tokens_per_second=rate)
+
+    def _compile(self) -> Any:
+        self.watchdog.enter("compile")
+        program = self.task.program
+        began = time.monotonic()
+        compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+        memory = compiled.memory_analysis()
+        size = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
+        logger.info("step compiled in %.1f s; a device needs %.2f GiB", time.monotonic() - began, size / 2**30)
+        return compiled
+
+    def _global(self, rows: Rows) -> dict[str, jax.Array]:
+        """This process's rows → the global batch's arrays."""
+        processes = jax.process_count()
+        placed = sharding.batch_sharding(self.task.program.mesh)
+        return {
+            name: sharding.global_array(placed, x, (x.shape[0] * processes, x.shape[1])) for name, x in rows.items()
+        }
+
+    def _evaluate(self, state: Any, step: int, log: bool = True) -> bool:
+        """Held-out figures of the parameters, and of their average; True when the plateau rule says to stop."""
+        self.watchdog.enter("eval")
+        found = self._heldout_sums(state.params)
+        if not found:
+            return False
+        self.evaluation = metrics.values(found)
+        if state.ema:
+            average = metrics.values(self._heldout_sums(state.ema))
+            for name in ("loss", "bits_per_byte"):
+                self.evaluation[f"eval/ema_{name}"] = average[f"eval/{name}"]
+        if not log:
+            return False
+        self._log()
+        self.writer.write(step, step * self.task.tokens_per_step, self.evaluation)
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in self.evaluation.items())
+        logger.info("step %d held out: %s", step, shown)
+        self.figures.append(self.evaluation[self.task.best_metric])
+        return stopped_falling(self.figures, self.task.plateau)
+
+    def _heldout_sums(self, params: Any) -> dict[str, metrics.Mean]:
+        total: dict[str, metrics.Mean] = {}
+        for rows in self.task.heldout():
+            found = self.task.program.evaluate(params, self._global(rows))
+            total = metrics.merge(total, found) if total else found
+        return total
+
+    def _save(self, state: Any, step: int, ended: bool = False) -> None:
+        """`ended`: the plateau was reached, so that starting again does not train on."""
+        self.watchdog.enter("save")
+        self._log()  # the lines up to the saved step are there before it is
+        metric = self.evaluation.get(self.task.best_metric)
+        self.checkpoints.save(step, state, extra={"figures": self.figures, "ended": ended}, metric=metric)
+
+    def _log(self) -> None:
+        """Writes the metrics that were left on the devices an interval ago."""
+        if self.pending is None:
+            return
+        step, measured = self.pending
+        self.pending = None
+        values = metrics.values(measured)
+        values |= self.clock.lap(step)
+        self.writer.write(step, step * self.task.tokens_per_step, values)
+        skipped = int(values["train/skipped_steps"])
+        if skipped > self.skipped:
+            logger.warning("step %d: %d steps skipped so far, their loss or gradient was not finite", step, skipped)
+        self.skipped = skipped
+        rate = f"{values['train/tokens_per_second']:,.0f} tokens/s" if "train/tokens_per_second" in values else ""
+        logger.info("step %d: loss %.4f  %s", step, values["train/loss"], rate)
+
+    def _profile(self, step: int) -> None:
+        """Starts and ends a profiler trace at the configured steps (1 is the first)."""
+        if self.config.profile_steps:
+            begin, end = self.config.profile_steps
+            if step + 1 == begin:
+                jax.profiler.start_trace(f"{self.workdir}/tensorboard")
+            elif step == end:
+                jax.profiler.stop_trace()
+
+    def _close(self, step: int) -> None:
+        self._log()
+        self.watchdog.enter("save")
+        self.checkpoints.wait()
+        if self.config.profile_steps and self.config.profile_steps[0] <= step <= self.config.profile_steps[1]:
+            jax.profiler.stop_trace()
+
+
+class _Clock:
+    """Speed between two readings of metrics.
+
+    A reading returns when its step has ended on the devices, so the time between two readings is the devices' own for
+    the steps between them, though the loop never waited for the newest one. Evaluation and saving restart the clock.
+    """
+
+    def __init__(self, task: Task, step: int):
+        self.task = task
+        self.note = ""
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.began, self.waited, self.at = time.monotonic(), 0.0, step
+
+    def wait_begins(self) -> None:
+        self.wait_began = time.monotonic()
+
+    def wait_ends(self) -> None:
+        self.waited += time.monotonic() - self.wait_began
+
+    def lap(self, step: int) -> dict[str, float]:
+        """The timing metrics of the steps up to `step`, whose end has just been seen."""
+        steps, seconds, waited = step - self.at, time.monotonic() - self.began, self.waited
+        self.restart(step)
+        if steps <= 0:
+            return {}
+        rate = steps * self.task.tokens_per_step / seconds
+        self.note = f"{rate:,.0f} tokens/s"
+        devices = self.task.program.mesh.devices.size
+        return {
+            "train/tokens_per_second": rate,
+            "train/step_seconds": seconds / steps,
+            "train/data_wait": waited / seconds,
+            "train/mfu": throughput.mfu(rate * self.task.flops_per_token, devices, self.task.model.compute),
+        }

@@ -1,0 +1,63 @@
+"""Losses as sums over counted units, never as means: the caller divides once, by the global batch's count."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.base.arrays import Array, Bool, Float32, Int
+from jaxlm.base.metrics import Mean
+
+# Smallest number of tokens whose logits are worth a pass of their own.
+LEAST_CHUNK_TOKENS = 128
+
+
+class TokenSums(NamedTuple):
+    """Sums over the counted targets, float32 scalars."""
+
+    loss: Array
+    """-log p(target), nats"""
+    squared_normalizer: Array
+    """log²(Σ exp(logits)): what z-loss keeps small (arXiv:2204.02311, section 5)"""
+    correct: Array
+    """targets that are the most likely token"""
+    count: Array
+    """counted targets"""
+
+
+def targets_of(ids: Int[Array, "B S"], loss_mask: Bool[Array, "B S"]) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """What position i predicts, and whether it counts: token i + 1, where `loss_mask` marks that one as a target.
+
+    >>> targets_of([[5, 6, 7]], [[0, 1, 1]])
+    [[6, 7, 5]], [[1, 1, 0]]
+    """
+    last = jnp.arange(ids.shape[1])[None, :] == ids.shape[1] - 1
+    return jnp.roll(ids, -1, axis=1), jnp.roll(loss_mask, -1, axis=1) & ~last
+
+
+def token_sums(logits: Float32[Array, "N V"], targets: Int[Array, "N"], counted: Bool[Array, "N"]) -> TokenSums:
+    """Cross-entropy sums over the `counted` of N positions."""
+    losses, normalizer = token_losses(logits, targets)
+    correct = jnp.argmax(logits, axis=-1) == targets
+    total = lambda x: jnp.sum(jnp.where(counted, x, 0.0))
+    return TokenSums(
+        total(losses), total(normalizer * normalizer), total(correct.astype(jnp.float32)), total(jnp.float32(1))
+    )
+
+
+def token_losses(logits: Float32[Array, "N V"], targets: Int[Array, "N"]) -> tuple[Array, Array]:
+    """-log p(target) and the log-normaliser of each position, `[N]` each.
+
+    The target's logit is picked by comparing with an iota: a gather's gradient would be a scatter into [N, V].
+    """
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    return normalizer - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1), normalizer
+
+
+def as_metrics(sums: TokenSums) -> dict[str, Mean]:
+    return {
+        "train/loss": Mean(sums.loss, sums.count),
+        "train/z_loss": Mean(sums.squared_normalizer, sums.count),
+        "train/accuracy": Mean(sums.correct, sums.count),
+    }

@@ -1,0 +1,160 @@
+"""Invariants of the transformer, in float32."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxlm.model import layout
+from jaxlm.model.attention import Place, plain_attention, visible
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.transformer import apply, define_model, flops_per_token
+from jaxlm.model.weights import initialize
+
+BASE = ModelConfig(vocab_size=50, layers=5, width=32, heads=4, kv_heads=2, feed_forward=48, compute="float32")
+VARIANTS = {
+    "plain": BASE,
+    "qk-norm, tied": dataclasses.replace(BASE, qk_norm=True, tied_embeddings=True, scale_embeddings=True),
+    "local and global": dataclasses.replace(BASE, pattern=("local", "local", "global"), window=4),
+    "soft caps, gelu": dataclasses.replace(BASE, logit_soft_cap=5.0, attention_soft_cap=3.0, activation="gelu"),
+    "one kv head, head size of its own": dataclasses.replace(BASE, kv_heads=1, head_size=20),
+}
+variants = pytest.mark.parametrize("config", [c.complete() for c in VARIANTS.values()], ids=list(VARIANTS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, ids, segments=None, positions=None):
+    segments = jnp.ones_like(ids) if segments is None else segments
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
+    return apply(define_model(config), params, lambda m: m.logits(m(ids, segments, positions)[0]))
+
+
+def tokens(seed, batch, length):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, 50, jnp.int32)
+
+
+@variants
+def test_unrolled_equals_scanned(config):
+    params = initialize(define_model(config), 1)
+    unrolled = dataclasses.replace(config, scan_layers=False)
+    other = initialize(define_model(unrolled), 1)
+    jax.tree.map(np.testing.assert_array_equal, layout.unroll(params, config), other)
+    jax.tree.map(np.testing.assert_array_equal, layout.stack(other, config), params)
+    ids = tokens(0, 2, 11)
+    np.testing.assert_allclose(forward(config, params, ids), forward(unrolled, other, ids), atol=1e-5)
+
+
+@variants
+def test_packed_equals_unpacked(config):
+    params = initialize(define_model(config), 1)
+    first, second = tokens(0, 1, 5), tokens(1, 1, 7)
+    packed = jnp.concatenate([first, second, jnp.zeros((1, 2), jnp.int32)], axis=1)
+    segments = jnp.array([[1] * 5 + [2] * 7 + [0] * 2], jnp.int32)
+    positions = jnp.array([[*range(5), *range(7), 0, 0]], jnp.int32)
+    got = forward(config, params, packed, segments, positions)
+    np.testing.assert_allclose(got[:, :5], forward(config, params, first), atol=1e-5)
+    np.testing.assert_allclose(got[:, 5:12], forward(config, params, second), atol=1e-5)
+
+
+@variants
+def test_the_future_and_padding_do_not_matter(config):
+    params = initialize(define_model(config), 1)
+    ids = tokens(0, 1, 9)
+    changed = ids.at[0, 6:].set((ids[0, 6:] + 1) % 50)
+    np.testing.assert_array_equal(forward(config, params, ids)[:, :6], forward(config, params, changed)[:, :6])
+    segments = jnp.array([[1] * 6 + [0] * 3], jnp.int32)
+    a, b = forward(config, params, ids, segments), forward(config, params, changed, segments)
+    np.testing.assert_array_equal(a[:, :6], b[:, :6])
+    assert bool(jnp.isfinite(a).all())
+
+
+def test_a_documents_gradient_does_not_reach_another():
+    config = VARIANTS["local and global"].complete()
+    params = initialize(define_model(config), 1)
+    ids = jnp.concatenate([tokens(0, 1, 5) % 25, 25 + tokens(1, 1, 5) % 25], axis=1)  # disjoint vocabularies
+    segments = jnp.array([[1] * 5 + [2] * 5], jnp.int32)
+    positions = jnp.array([[*range(5), *range(5)]], jnp.int32)
+
+    def second_only(table):
+        return jnp.sum(forward(config, params | {"embedding": table}, ids, segments, positions)[:, 5:] ** 2)
+
+    gradient = jax.grad(second_only)(params["embedding"])
+    np.testing.assert_array_equal(gradient[:25], 0)
+    assert float(jnp.abs(gradient[25:]).max()) > 0
+
+
+def test_who_sees_whom():
+    def picture(window):
+        place = Place(*(jnp.array([x], jnp.int32) for x in ([1, 1, 1, 2, 2, 0], [0, 1, 2, 0, 1, 0]) * 2))
+        return ["".join("01"[int(seen)] for seen in row) for row in visible(place, window)[0]]
+
+    assert picture(0) == ["100000", "110000", "111000", "000100", "000110", "000000"]
+    assert picture(2) == ["100000", "110000", "011000", "000100", "000110", "000000"]
+
+
+def test_attention_by_hand():
+    random = np.random.default_rng(0)
+    q, k, v = (random.normal(size=(1, 3, n, 4)).astype(np.float32) for n in (4, 2, 2))
+    mask = np.tril(np.ones((1, 3, 3), bool))
+    got = plain_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask), 0.0)
+    for head in range(4):
+        scores = q[0, :, head] @ k[0, :, head // 2].T / 2.0
+        scores = np.where(mask[0], scores, -np.inf)
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(got[0, :, head], weights @ v[0, :, head // 2], atol=1e-5)
+
+
+def test_soft_caps_bound():
+    config = VARIANTS["soft caps, gelu"].complete()
+    params = jax.tree.map(lambda x: 20 * x, initialize(define_model(config), 1))
+    assert float(jnp.abs(forward(config, params, tokens(0, 1, 8))).max()) <= 5.0
+
+
+def test_initial_values_do_not_depend_on_depth_around_them():
+    shallow = BASE.complete()
+    deep = dataclasses.replace(BASE, layers=7).complete()
+    a = layout.unroll(initialize(define_model(shallow), 3), shallow)["layers"]["4"]["mlp"]["up"]
+    b = layout.unroll(initialize(define_model(deep), 3), deep)["layers"]["4"]["mlp"]["up"]
+    np.testing.assert_array_equal(a, b)
+
+
+def test_first_loss_is_near_uniform():
+    config = BASE.complete()
+    logits = forward(config, initialize(define_model(config), 0), tokens(0, 4, 16))
+    entropy = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), -1).mean()
+    assert abs(float(entropy) - np.log(50)) < 0.6
+
+
+def test_apply_refuses_what_does_not_fit():
+    config = BASE.complete()
+    model = define_model(config)
+    params = initialize(model, 0)
+    renamed = {name if name != "head" else "haed": value for name, value in params.items()}
+    with pytest.raises(ValueError, match="missing: head\n  unknown: haed"):
+        apply(model, renamed, lambda m: m)
+    with pytest.raises(ValueError, match=r"embedding: got float32\(32, 50\), declared float32\(50, 32\)"):
+        apply(model, params | {"embedding": params["embedding"].T}, lambda m: m)
+    with pytest.raises(ValueError, match="embedding: got bfloat16"):
+        apply(model, params | {"embedding": params["embedding"].astype(jnp.bfloat16)}, lambda m: m)
+
+
+def test_more_than_ten_layers_keep_their_order():
+    config = dataclasses.replace(BASE, layers=12, scan_layers=False).complete()
+    params = initialize(define_model(config), 0)
+    stacked = layout.stack(params, config)
+    scanned = dataclasses.replace(config, scan_layers=True)
+    ids = tokens(0, 1, 6)
+    np.testing.assert_allclose(forward(config, params, ids), forward(scanned, stacked, ids), atol=1e-5)
+
+
+def test_flops_of_a_model_counted_by_hand():
+    config = BASE.complete()
+    attention = 2 * (32 * 32) + 2 * (32 * 16)  # q, o and k, v
+    weights = 5 * (attention + 3 * 32 * 48) + 32 * 50
+    seen = (16 + 1) / 2
+    assert flops_per_token(config, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * seen * 5)
+    local = dataclasses.replace(config, pattern=("local",), window=4)
+    assert flops_per_token(local, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * 5 * (1 + 2 + 3 + 4 * 13) / 16)
