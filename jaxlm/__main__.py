@@ -15,6 +15,8 @@ from jaxlm.base.errors import JaxlmError, UserError, nearest
 
 
 class Stage(NamedTuple):
+    """Where a stage stands."""
+
     module: str
     config: str
     """module:class of its config, importable without jax"""
@@ -30,6 +32,9 @@ STAGES = {
     "evaluate": Stage("jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts → bits per byte"),
     "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
 }
+
+# Stages that several processes can run together, each with its own devices.
+PARALLEL = ("pretrain", "sample", "evaluate")
 
 USAGE = """\
 python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
@@ -125,6 +130,27 @@ def prepare_workdir(config: configs.StageConfig) -> None:
     files.write_json(kept, {"config": configs.to_dict(config), "identity": configs.identity(config)})
 
 
+def run(name: str, config: configs.StageConfig) -> None:
+    """Runs a stage in this process, or as one of several processes where the surroundings say so."""
+    from jaxlm.base import devices, logging
+
+    if devices.distributed() and name not in PARALLEL:
+        raise UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
+    if name in (*PARALLEL, "run"):
+        devices.start()
+    if devices.distributed():
+        import jax
+
+        from jaxlm.train.processes import from_first
+
+        from_first(lambda: prepare_workdir(config))
+        logging.start(config.workdir if jax.process_index() == 0 else None)
+    elif name != "run":  # `run` decides stage by stage
+        prepare_workdir(config)
+        logging.start(config.workdir)
+    load_stage(name).main(config)
+
+
 def main(arguments: list[str]) -> int:
     """Runs a command; returns its exit code."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -143,13 +169,7 @@ def main(arguments: list[str]) -> int:
         if any(argument in ("--help", "-h", "-help") for argument in rest):
             print(help_text(name))
             return 0
-        config = make_config(name, *parse_arguments(rest))
-        if name != "run":  # `run` decides stage by stage
-            prepare_workdir(config)
-        from jaxlm.base import logging
-
-        logging.start(config.workdir if Path(config.workdir).is_dir() else None)
-        load_stage(name).main(config)
+        run(name, make_config(name, *parse_arguments(rest)))
         return 0
     except JaxlmError as error:
         print(f"jaxlm: {error}", file=sys.stderr)

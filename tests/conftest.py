@@ -1,4 +1,4 @@
-"""Every test runs on 8 simulated CPU devices, with strict types, no rank promotion, shapes checked, warnings as errors."""
+"""Every test runs on 8 simulated CPU devices: strict types, no rank promotion, shapes checked, warnings as errors."""
 
 import os
 import warnings
@@ -12,8 +12,11 @@ import jax
 import jaxtyping
 import pytest
 
+from jaxlm.base import devices
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+devices.start()  # as the command line does: eight devices on two cores need it
 
 # Shapes in signatures hold at run time in everything that computes.
 jaxtyping.install_import_hook(["jaxlm.model", "jaxlm.train", "jaxlm.sample"], "beartype.beartype")
@@ -29,3 +32,31 @@ def _warnings_are_errors():
         for message, category, _ in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message, category)
         yield
+
+
+@pytest.fixture(scope="session")
+def packed_rows(tmp_path_factory) -> str:
+    """A folder of packed rows of 64 bytes each, train and held out, made by the stages themselves."""
+    import json
+    import random
+
+    from jaxlm.data.config import PackConfig
+    from jaxlm.stages import pack, prepare, tokenizer
+    from jaxlm.text.config import PrepareConfig, SourceConfig
+    from jaxlm.tokenizer.config import TokenizerConfig
+
+    root = tmp_path_factory.mktemp("packed")
+    random_ = random.Random(0)
+    words = "the a small large red blue cat dog bird sees hears follows finds house river tree and".split()
+    for split, count in (("train", 400), ("heldout", 20)):
+        texts = (" ".join(random_.choices(words, k=random_.randint(12, 40))) for _ in range(count))
+        (root / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sources = (
+        SourceConfig(name="train", path=f"{root}/train.jsonl"),
+        SourceConfig(name="heldout", path=f"{root}/heldout.jsonl", split="heldout"),
+    )
+    prepare.main(PrepareConfig(sources=sources, workdir=f"{root}/prepare"))
+    tokenizer.main(TokenizerConfig(documents=f"{root}/prepare", kind="byte", workdir=f"{root}/tokenizer"))
+    made_from = {"documents": f"{root}/prepare", "tokenizer": f"{root}/tokenizer"}
+    pack.main(PackConfig(**made_from, row_length=64, workdir=f"{root}/pack"))
+    return f"{root}/pack"

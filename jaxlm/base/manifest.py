@@ -101,29 +101,6 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
     return Manifest(**{name: values[name] for name in known})
 
 
-def input_hash(path: str) -> str:
-    """The hash that stands for an input's content now; "absent" when it is not there.
-
-    A folder with a manifest has the manifest's, a file its sha256, a glob or another folder that of all its files,
-    and `installed:a,b` (documentation of modules) that of the versions of Python and of those packages.
-    """
-    if path.startswith("installed:"):
-        names = sorted({module.split(".")[0] for module in path.removeprefix("installed:").split(",")})
-        owners = importlib.metadata.packages_distributions()
-        found = {dist: importlib.metadata.version(dist) for name in names for dist in owners.get(name, [])}
-        return files.hash_json([platform.python_version(), names, found])
-    try:
-        found_paths = files.expand(path, "input")
-    except UserError:
-        return "absent"
-    if len(found_paths) == 1 and found_paths[0].is_file():
-        return files.sha256(found_paths[0])
-    if len(found_paths) == 1 and (found_paths[0] / "manifest.json").exists():
-        return read(found_paths[0]).hash
-    each = [p / name if name else p for p in found_paths for name in (files.walk(p) if p.is_dir() else ("",))]
-    return files.hash_json([[str(p), files.sha256(p)] for p in each])
-
-
 def keep_inputs(folder: epath.PathLike, inputs: Mapping[str, str]) -> None:
     """Notes what a run began with; a continuation with other inputs is refused by name."""
     path = epath.Path(folder) / "inputs.json"

@@ -56,6 +56,11 @@ def validate(config: PretrainConfig, device_count: int) -> None:
             )
 
 
+def inputs(config: PretrainConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    return {source.path: manifest.read(source.path, "rows", "data").hash for source in config.data}
+
+
 def complete(config: PretrainConfig) -> PretrainConfig:
     """The config with nothing left to derive; reads the rows' manifests. Raises UserError for what does not fit."""
     if not config.data:
@@ -206,7 +211,7 @@ def build(config: PretrainConfig, mesh: Mesh) -> Program:
 def heldout_rows(config: PretrainConfig) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the held-out batches of all sources, with the bytes that each token stands for."""
     for source in config.data:
-        if not manifest.read(source.path, "rows").facts["heldout"]["rows"]:
+        if "heldout" not in manifest.read(source.path, "rows").facts:
             continue
         token_bytes = tokenizers.load(f"{source.path}/tokenizer").token_bytes()
         rows = heldout_batches(
@@ -250,9 +255,9 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     began = time.monotonic()
     config = complete(config)
     validate(config, jax.device_count())
-    inputs = {source.path: manifest.input_hash(source.path) for source in config.data}
+    read_from = inputs(config)
     if jax.process_index() == 0:
-        manifest.keep_inputs(config.workdir, inputs)
+        manifest.keep_inputs(config.workdir, read_from)
     loader = Loader(
         [(source.path, source.weight) for source in config.data],
         "train",
@@ -273,7 +278,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
             identity={"config": files.hash_json(identity(config)), "tokenizer": loader.tokenizer_hash}
-            | {f"data {number}": digest for number, digest in enumerate(inputs.values())},
+            | {f"data {number}": digest for number, digest in enumerate(read_from.values())},
             plateau=config.plateau,
         ),
         config.loop,
@@ -295,10 +300,12 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             outcome.state.ema or outcome.state.params,
             config.model,
             f"{config.data[0].path}/tokenizer",
-            inputs=inputs,
+            inputs=read_from,
             config=identity(config),
             facts=facts,
         )
     if jax.process_index() == 0:
-        manifest.write(config.workdir, "run", contents=["model"], inputs=inputs, config=identity(config), facts=facts)
+        manifest.write(
+            config.workdir, "run", contents=["model"], inputs=read_from, config=identity(config), facts=facts
+        )
     return summary

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rich.box
 import rich.table
@@ -24,6 +24,7 @@ from jaxlm.base.logging import logger
 from jaxlm.stages.config import RunConfig, stage_name
 
 Config = RunConfig
+State = Literal["new", "unfinished", "done", "another config", "other inputs"]
 
 
 def validate(config: RunConfig, device_count: int) -> None:
@@ -69,18 +70,20 @@ def _replace_references(value: Any, folders: dict[str, str]) -> Any:
     return value
 
 
-def state_of(config: StageConfig) -> str:
-    """ "done", "new", "unfinished", or why the folder's content cannot be used: "another config", "other inputs"."""
+def state_of(config: StageConfig) -> State:
+    """How far a stage's folder is; "another config" and "other inputs" say why its content cannot be used."""
+    from jaxlm.__main__ import load_stage
+
     folder = Path(config.workdir)
     if not (folder / "config.json").exists():
         return "new"
     if list(configs.differences(files.read_json(folder / "config.json").get("identity"), configs.identity(config))):
         return "another config"
-    made, begun = folder / "manifest.json", folder / "inputs.json"
-    inputs = manifest.read(folder).inputs if made.exists() else files.read_json(begun) if begun.exists() else {}
-    if any(manifest.input_hash(path) != known for path, known in inputs.items()):
-        return "other inputs"
-    return "done" if made.exists() else "unfinished"
+    inputs = load_stage(config.stage).inputs(config)
+    if (folder / "manifest.json").exists():
+        return "done" if manifest.read(folder).inputs == inputs else "other inputs"
+    begun = folder / "inputs.json"
+    return "other inputs" if begun.exists() and files.read_json(begun) != inputs else "unfinished"
 
 
 def move_aside(folder: Path) -> Path:
@@ -96,7 +99,10 @@ def main(config: RunConfig) -> dict[str, Any]:
     from jaxlm.__main__ import load_stage, prepare_workdir
 
     started = time.monotonic()
-    Path(config.workdir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(config.workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.cannot_write(config.workdir, error) from error
     stages = resolve(config)
     summaries: dict[str, Any] = {}
     for stage in stages:

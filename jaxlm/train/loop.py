@@ -16,9 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxlm.train.metrics_writer import MetricsWriter
-from jaxlm.train.signals import StopSignals
-from jaxlm.train.watchdog import Watchdog
 
 from jaxlm.base import metrics, sharding
 from jaxlm.base.errors import Interrupted
@@ -27,8 +24,11 @@ from jaxlm.model.config import ModelConfig
 from jaxlm.train import throughput
 from jaxlm.train.checkpoint import Checkpointer, Restored
 from jaxlm.train.config import LoopConfig, PlateauConfig
+from jaxlm.train.metrics_writer import MetricsWriter
 from jaxlm.train.plateau import stopped_falling
+from jaxlm.train.signals import Agreement, Stop, stop_on_signals
 from jaxlm.train.state import Program, convert_layout
+from jaxlm.train.watchdog import Watchdog
 
 Rows = dict[str, np.ndarray]
 
@@ -67,12 +67,13 @@ class Outcome:
 def train(task: Task, config: LoopConfig, workdir: str) -> Outcome:
     """Trains to the last step, to `stop_at_step` or to the plateau. Raises Interrupted after a signal, once saved."""
     program = task.program
+    # Before the mesh is set: on CPU the peak is measured with a product on one device.
+    peak = throughput.peak_flops_per_second(program.mesh.devices.size, task.model.compute)
     with (
         jax.set_mesh(program.mesh),
-        StopSignals() as signals,
-        Watchdog(config.watchdog, workdir) as watchdog,
+        stop_on_signals() as stop,
+        Watchdog(config.watchdog, f"{workdir}/log.txt") as watchdog,
     ):
-        watchdog.enter("start")
         stacked = {"stacked": task.model.scan_layers}
         checkpoints = Checkpointer(f"{workdir}/checkpoints", config.checkpoint, identity=task.identity, layout=stacked)
         restored = restore(checkpoints, task)
@@ -84,9 +85,9 @@ def train(task: Task, config: LoopConfig, workdir: str) -> Outcome:
             logger.info("goes on from step %d of %d", step, task.steps)
             last = step if restored.extra["ended"] else last
         writer = MetricsWriter(workdir, step)
-        run = _Run(task, config, workdir, checkpoints, writer, watchdog, figures)
+        run = _Run(task, config, workdir, checkpoints, writer, watchdog, _Clock(task, peak), figures)
         try:
-            return run.steps(state, step, last, signals)
+            return run.steps(state, step, last, stop)
         finally:
             checkpoints.close()
             writer.close()
@@ -120,10 +121,11 @@ class _Run:
         checkpoints: Checkpointer,
         writer: MetricsWriter,
         watchdog: Watchdog,
+        clock: "_Clock",
         figures: list[float],
     ):
         self.task, self.config, self.workdir = task, config, workdir
-        self.checkpoints, self.writer, self.watchdog = checkpoints, writer, watchdog
+        self.checkpoints, self.writer, self.watchdog, self.clock = checkpoints, writer, watchdog, clock
         self.figures = figures
         """The best-metric's value at each evaluation so far."""
         self.evaluation: dict[str, float] = {}
@@ -131,12 +133,14 @@ class _Run:
         """A step's metrics, still on the devices: read one interval late, so that the loop never waits for them."""
         self.skipped = 0
 
-    def steps(self, state: Any, step: int, last: int, signals: StopSignals) -> Outcome:
+    def steps(self, state: Any, step: int, last: int, stop: Stop) -> Outcome:
         """From `step` to `last`, or to where a signal or the plateau ends it."""
         task, config = self.task, self.config
         compiled = self._compile() if step < last else None
+        agreement = Agreement(stop)
         rows = task.rows(step)
-        self.clock = clock = _Clock(task, step)
+        clock = self.clock
+        clock.restart(step)
         first, began, finished = step, time.monotonic(), step >= last
         with progress("train", last) as bar:
             bar.advance(step)
@@ -157,14 +161,14 @@ class _Run:
                 if step % config.evaluate_every_steps == 0 or step == last:
                     stopped = self._evaluate(state, step) and step < last
                     clock.restart(step)
-                interrupted = signals.agreed(step) and step < last
+                interrupted = agreement.reached() and step < last
                 finished = step >= last or stopped or interrupted
                 if step % config.checkpoint.every_steps == 0 or finished:
                     self._save(state, step, ended=stopped)
                     clock.restart(step)
                 if interrupted:
-                    self._close(step)
-                    raise Interrupted(f"{self.workdir}: saved at step {step} of {task.steps}; start me again to go on")
+                    saved = self._close(step)
+                    raise Interrupted(f"{self.workdir}: saved at step {saved} of {task.steps}; start me again to go on")
         if not self.evaluation:
             self._evaluate(state, step, log=False)
         self._close(step)
@@ -249,12 +253,16 @@ class _Run:
             elif step == end:
                 jax.profiler.stop_trace()
 
-    def _close(self, step: int) -> None:
+    def _close(self, step: int) -> int | None:
+        """Ends what is under way; returns the newest step that is safely on disk."""
         self._log()
         self.watchdog.enter("save")
-        self.checkpoints.wait()
+        saved = self.checkpoints.wait()
+        if saved != step:
+            logger.error("step %d could not be saved; the newest checkpoint is step %s", step, saved)
         if self.config.profile_steps and self.config.profile_steps[0] <= step <= self.config.profile_steps[1]:
             jax.profiler.stop_trace()
+        return saved
 
 
 class _Clock:
@@ -264,10 +272,10 @@ class _Clock:
     the steps between them, though the loop never waited for the newest one. Evaluation and saving restart the clock.
     """
 
-    def __init__(self, task: Task, step: int):
-        self.task = task
+    def __init__(self, task: Task, peak: float):
+        self.task, self.peak = task, peak
         self.note = ""
-        self.restart(step)
+        self.restart(0)
 
     def restart(self, step: int) -> None:
         self.began, self.waited, self.at = time.monotonic(), 0.0, step
@@ -286,10 +294,9 @@ class _Clock:
             return {}
         rate = steps * self.task.tokens_per_step / seconds
         self.note = f"{rate:,.0f} tokens/s"
-        devices = self.task.program.mesh.devices.size
         return {
             "train/tokens_per_second": rate,
             "train/step_seconds": seconds / steps,
             "train/data_wait": waited / seconds,
-            "train/mfu": throughput.mfu(rate * self.task.flops_per_token, devices, self.task.model.compute),
+            "train/mfu": rate * self.task.flops_per_token / self.peak,
         }

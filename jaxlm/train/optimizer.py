@@ -29,7 +29,7 @@ def _optax_promotion() -> Iterator[None]:
 
 
 def rule(declared: Weight, config: OptimizerConfig) -> str:
-    """"muon" or "adamw" for a weight."""
+    """ "muon" or "adamw" for a weight."""
     return "muon" if config.kind == "muon" and declared.matrix else "adamw"
 
 

@@ -5,6 +5,7 @@ import importlib
 from typing import Literal
 
 import pytest
+
 from jaxlm.__main__ import STAGES, config_class
 from jaxlm.base import config as configs
 from jaxlm.base.config import MeshConfig, StageConfig, check

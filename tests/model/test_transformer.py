@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxlm.model import layout
 from jaxlm.model.attention import Place, plain_attention, visible
 from jaxlm.model.config import ModelConfig

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize

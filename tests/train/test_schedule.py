@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from jaxlm.train.config import ScheduleConfig
 from jaxlm.train.schedule import learning_rate
 

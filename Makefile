@@ -1,0 +1,30 @@
+# Two commands on a fresh machine (Python 3.11 or newer, make): `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+EXTRAS ?= data
+
+.PHONY: demo test slow lint clean
+
+demo: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/python -m jaxlm run --config=configs/demo.py --workdir=runs/demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# A stamp for each set of extras, so that installing runs again only when pyproject.toml changes.
+$(VENV)/installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,61 @@
+"""The whole way from documents to a model that speaks, in a few minutes on a laptop's CPU.
+
+    make demo        or: python -m jaxlm run --config=configs/demo.py --workdir=runs/demo
+
+Data: the documentation that comes with Python and with jaxlm's own packages (no download), whole modules held out.
+Hardware: 2 CPU cores, 6 GiB. Time and result: see the table in README.md.
+"""
+
+from jaxlm.data.config import MixtureSource, PackConfig
+from jaxlm.evaluate.config import EvaluateConfig
+from jaxlm.model.config import ModelConfig
+from jaxlm.sample.config import SampleConfig, SamplingConfig
+from jaxlm.stages.config import PretrainConfig, RunConfig
+from jaxlm.text.config import PrepareConfig, SourceConfig
+from jaxlm.tokenizer.config import TokenizerConfig
+from jaxlm.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
+
+TRAIN = """
+pydoc_data.topics abc argparse array ast asyncio asyncio.events base64 bdb builtins bz2 cmath cmd code codecs
+collections compileall concurrent.futures configparser contextlib copy csv ctypes dataclasses datetime decimal dis
+doctest email.message enum fileinput fractions ftplib functools gc getopt graphlib hashlib heapq http.client
+http.cookiejar imaplib inspect io itertools locale logging logging.handlers lzma mailbox math mimetypes
+multiprocessing numbers operator optparse os pathlib pdb pickle pkgutil platform poplib queue random re sched secrets
+select shelve site smtplib socket socketserver sqlite3 ssl string struct subprocess symtable sys tarfile tempfile
+threading time timeit tokenize types typing unicodedata unittest.mock urllib.request uuid venv warnings wave weakref
+xml.dom.minidom xml.etree.ElementTree zipfile zipimport numpy numpy.char numpy.fft numpy.linalg numpy.ma
+numpy.polynomial.polynomial numpy.polynomial.chebyshev numpy.random numpy.testing jax jax.numpy jax.numpy.fft jax.lax
+jax.nn jax.profiler jax.scipy.signal jax.scipy.special jax.sharding jax.tree_util flax.core flax.linen flax.nnx optax
+optax.contrib orbax.checkpoint grain matplotlib.artist matplotlib.axes matplotlib.colors matplotlib.patches
+matplotlib.ticker matplotlib.transforms rich.console rich.progress jinja2 absl.flags tokenizers tensorboardX
+""".split()
+HELDOUT = """
+calendar difflib http.server ipaddress json shutil statistics textwrap traceback unittest urllib.parse xml.sax.handler
+numpy.lib.stride_tricks jax.tree flax.traverse_util optax.losses rich.table
+""".split()
+PROMPTS = ("os.path.join\n\nJoin", "jax.numpy.mean\n\nReturn", "The for statement")
+
+
+def get_config() -> RunConfig:
+    sources = (
+        SourceConfig(name="documentation", format="installed_docs", modules=tuple(TRAIN)),
+        SourceConfig(name="held-out modules", format="installed_docs", modules=tuple(HELDOUT), split="heldout"),
+    )
+    return RunConfig(
+        stages=(
+            PrepareConfig(sources=sources),
+            TokenizerConfig(documents="@prepare", vocab_size=4096),
+            PackConfig(documents="@prepare", tokenizer="@tokenizer", row_length=256),
+            PretrainConfig(
+                data=(MixtureSource(path="@pack"),),
+                model=ModelConfig(layers=4, width=256, heads=4, qk_norm=True),
+                batch_rows=16,
+                steps=300,
+                optimizer=OptimizerConfig(kind="muon"),
+                schedule=ScheduleConfig(kind="linear", peak=4e-3, warmup_steps=20, final_share=0.0),
+                loop=LoopConfig(evaluate_every_steps=100),
+            ),
+            SampleConfig(model="@pretrain", prompts=PROMPTS, sampling=SamplingConfig(max_tokens=64, temperature=0.7)),
+            EvaluateConfig(model="@pretrain", rows="@pack", documents="@prepare"),
+        )
+    )

@@ -1,0 +1,168 @@
+"""Batches of rows: a function of the step, the same rows on any number of hosts.
+
+Source → shuffled by seed, anew each epoch → repeated → mixed by weight → the step's `global_batch` rows, of which each
+process takes its part. Nothing is kept between steps, so a run resumes by asking for the next one.
+"""
+
+import collections
+import itertools
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import grain
+import numpy as np
+from etils import epath
+
+from jaxlm.base import manifest
+from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.data import rows
+from jaxlm.data.mixture import History, Mixture
+from jaxlm.data.rows import Row
+from jaxlm.text.config import Split
+
+
+class RowSource:
+    """One split of a pack stage's folder: rows in the order of its files, by random access."""
+
+    def __init__(self, folder: epath.PathLike, split: Split):
+        """Raises UserError for a folder that holds no rows of this split, or not those that its manifest lists."""
+        self.folder = epath.Path(folder)
+        self.manifest = manifest.read(folder, "rows")
+        facts = self.manifest.facts
+        if not facts.get(split, {}).get("rows"):
+            raise UserError(f"{folder}: holds no {split} rows; give prepare a source with split={split!r}, pack again")
+        self.split = split
+        self.row_length: int = facts["row_length"]
+        self.pad_id: int = facts["pad_id"]
+        self.tokenizer_hash: str = facts["tokenizer_hash"]
+        names = sorted(name for name in self.manifest.files if name.startswith(f"{split}/"))
+        for name in names:
+            # Sizes only: ArrayRecord checks the hash of each record that it reads.
+            path, size = self.folder / name, self.manifest.files[name]["bytes"]
+            if not path.exists() or path.stat().length != size:
+                raise UserError(f"{path}: is missing or is not the {size} bytes that the manifest lists; pack again")
+        self._reader = rows.RowReader([self.folder / name for name in names])
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Row:
+        return rows.expand(rows.decode(self._reader[index]), self.row_length, self.pad_id)
+
+
+class Loader:
+    """
+    >>> loader = Loader([("runs/demo/pack", 1.0)], "train", global_batch=16, seed=0)
+    >>> loader.batch(step=1000)["ids"].shape
+    (16, 1024)
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[str, float]],
+        split: Split,
+        *,
+        global_batch: int,
+        seed: int,
+        history: History | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ):
+        """`sources` are (pack folder, weight). `history` says from which step on which weights hold, where they
+        changed in the course of the run; without it the sources' weights hold from step 0. `prefetch` counts batches.
+
+        Raises ConfigError or UserError for sources that do not fit together, and for a batch that cannot be divided.
+        """
+        if not sources:
+            raise ConfigError("data", "is empty; at least one pack folder is needed")
+        if global_batch < 1 or global_batch % process_count:
+            problem = f"got {global_batch}; a multiple of the {process_count} processes is needed"
+            raise ConfigError("batch_rows", problem)
+        self.sources = [RowSource(path, split) for path, _ in sources]
+        for source in self.sources[1:]:
+            _require_alike(self.sources[0], source)
+        self.row_length = self.sources[0].row_length
+        self.tokenizer_hash = self.sources[0].tokenizer_hash
+        self.history: History = history or ((0, tuple(weight for _, weight in sources)),)
+        self.mixture = Mixture(self.history, global_batch)
+        if self.mixture.sources != len(sources):
+            raise ConfigError("history", f"has {self.mixture.sources} weights a step for {len(sources)} sources")
+        self.global_batch, self.prefetch = global_batch, prefetch
+        self.process_index, self.process_count = process_index, process_count
+        self._orders = [
+            grain.MapDataset.source(source).shuffle(seed=zlib.crc32(f"{seed}/{number}".encode())).repeat()
+            for number, source in enumerate(self.sources)
+        ]
+
+    def rows_of(self, process: int) -> slice:
+        """The part of the global batch that a process loads."""
+        size = self.global_batch // self.process_count
+        return slice(process * size, (process + 1) * size)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of a step, as the arrays of `Row`, each [global_batch / process_count, row_length]."""
+        first = step * self.global_batch
+        own = self.rows_of(self.process_index)
+        places = (self.mixture.locate(first + i) for i in range(own.start, own.stop))
+        return _stack([cast(Row, self._orders[source][number]) for source, number in places])
+
+    def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(step, batch) from `start_step` on, without end; a thread makes the next `prefetch` meanwhile.
+
+        What goes wrong in the thread is raised here, at the step that it concerns. Close the iterator, or leave it to
+        the garbage collector, to end the thread.
+        """
+        executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        try:
+            pending = collections.deque(executor.submit(self.batch, start_step + i) for i in range(self.prefetch))
+            for step in itertools.count(start_step):
+                pending.append(executor.submit(self.batch, step + self.prefetch))
+                yield step, pending.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source has been gone through before `step`."""
+        drawn = self.mixture.drawn(step * self.global_batch)
+        return [count / len(source) for count, source in zip(drawn, self.sources, strict=True)]
+
+
+def heldout_batches(
+    source: RowSource, global_batch: int, *, process_index: int = 0, process_count: int = 1, limit: int | None = None
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """(this process's part of a batch, the real rows of the whole batch): all rows once, in order.
+
+    The last batch is filled up with rows of padding, which count for nothing, so that all have one shape. `limit`
+    bounds the number of batches; packed rows lie in random order, so the first ones are a fair sample.
+    """
+    if global_batch < 1 or global_batch % process_count:
+        raise ConfigError("batch_rows", f"got {global_batch}; a multiple of the {process_count} processes is needed")
+    size = global_batch // process_count
+    padding = rows.expand([], source.row_length, source.pad_id)
+    count = math.ceil(len(source) / global_batch)
+    for number in range(count if limit is None else min(count, limit)):
+        first = number * global_batch
+        own = range(first + process_index * size, first + (process_index + 1) * size)
+        batch = _stack([source[index] if index < len(source) else padding for index in own])
+        yield batch, min(global_batch, len(source) - first)
+
+
+def _stack(made: Sequence[Row]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in made]) for name in Row.__annotations__}
+
+
+def _require_alike(first: RowSource, other: RowSource) -> None:
+    if other.row_length != first.row_length:
+        raise UserError(
+            f"{other.folder}: has rows of {other.row_length} tokens, {first.folder} has rows of {first.row_length}; "
+            "pack both with one row_length"
+        )
+    if other.tokenizer_hash != first.tokenizer_hash:
+        raise UserError(
+            f"{other.folder}: was packed with another tokenizer ({other.tokenizer_hash[:12]}) than {first.folder} "
+            f"({first.tokenizer_hash[:12]}); pack both with one tokenizer"
+        )

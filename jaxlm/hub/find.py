@@ -1,0 +1,44 @@
+"""Which model a path means."""
+
+from etils import epath
+
+from jaxlm.base import files, manifest
+from jaxlm.base.errors import UserError
+from jaxlm.train import model_directory
+
+
+def find_model(path: epath.PathLike, field: str = "") -> epath.Path:
+    """The model directory at `path`: itself, its `model/`, or the newest among its stages' (`path/STAGE/model`).
+
+    >>> find_model("runs/demo")
+    PosixPath('runs/demo/pretrain/model')
+
+    Raises UserError that says what was found instead; `field` names the config's field in it.
+    """
+    path = epath.Path(path)
+    where = f"{field}: {path}" if field else str(path)
+    if not path.exists():
+        raise UserError(f"{where}: no such folder; a model directory or a run's folder is needed")
+    if not path.is_dir():
+        raise UserError(f"{where}: is a file; a model directory or a run's folder is needed")
+    if _is_model(path):
+        return path
+    if _is_model(path / "model"):
+        return path / "model"
+    stages = [child / "model" for child in sorted(path.iterdir()) if child.is_dir() and _is_model(child / "model")]
+    if stages:
+        return max(stages, key=lambda folder: manifest.read(folder).created)
+    if (path / "config.json").exists() and not (path / "manifest.json").exists():
+        values = files.read_json(path / "config.json")
+        if isinstance(values, dict) and ("architectures" in values or "model_type" in values):
+            kind = ", ".join(values.get("architectures") or [values.get("model_type", "unnamed")])
+            raise UserError(f"{where}: is a Hugging Face directory ({kind}); jaxlm cannot read those yet")
+    held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+    unfinished = " (a model without manifest.json is not finished)" if (path / "params").exists() else ""
+    raise UserError(f"{where}: holds no finished model{unfinished}; found {held}")
+
+
+def _is_model(folder: epath.Path) -> bool:
+    if not (folder / "manifest.json").exists():
+        return False
+    return manifest.read(folder).kind == model_directory.KIND

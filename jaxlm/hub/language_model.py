@@ -1,0 +1,224 @@
+"""A trained model in Python: `jaxlm.load(path)`.
+
+lm = jaxlm.load("runs/demo")
+lm.generate(["The array is"], max_tokens=32, temperature=0.7)[0].text
+lm.score(["A sentence."])[0].bits_per_byte
+lm.logits([[1, 17, 23]]).shape                                         # (1, 3, V)
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxlm.base.arrays import Array, Float32, Int
+from jaxlm.base.config import from_dict
+from jaxlm.base.errors import UserError
+from jaxlm.hub.find import find_model
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.transformer import for_inference
+from jaxlm.model.weights import Definition, Params, apply
+from jaxlm.sample.config import SamplingConfig
+from jaxlm.sample.sampler import Completion, Sampler, bucket
+from jaxlm.sample.scoring import token_scores
+from jaxlm.tokenizer.tokenizer import Tokenizer
+from jaxlm.train import model_directory
+
+# Rows that `score` puts through the model together.
+SCORE_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely a text is."""
+
+    logprob: float
+    """Sum over its tokens, nats."""
+    bits_per_byte: float
+    """-logprob / ln 2 over the UTF-8 bytes of those tokens; NaN where no token was scored."""
+    tokens: int
+    """Tokens scored: all of the text's, but for the first where the tokenizer has no BOS to predict it from."""
+
+
+def load(path: epath.PathLike, *, mesh: Mesh | None = None, verify: bool = True) -> "LanguageModel":
+    """The model in a model directory, or the newest one in a run's folder.
+
+    `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
+    `verify=False` skips the sha256 of its files. Raises UserError for folders without a finished model, and for
+    damaged ones.
+    """
+    directory = model_directory.read(find_model(path), verify=verify)
+    definition = for_inference(directory.config)[1]
+    params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
+    context = directory.manifest.facts.get("row_length", 0)
+    return LanguageModel(directory.config, params, directory.tokenizer(), context_tokens=context, mesh=mesh)
+
+
+class LanguageModel:
+    """A model with its tokenizer, ready to score and to speak."""
+
+    config: ModelConfig
+    params: Params
+    """Nested dict: layers unrolled ("layers" → "0" → ...), matrices in the compute type."""
+    tokenizer: Tokenizer
+    context_tokens: int
+    """Length of the rows it was trained on; 0 if its directory does not say."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        context_tokens: int = 0,
+        mesh: Mesh | None = None,
+    ):
+        """`params` as `jaxlm.sample.decoding.prepare(config, params)` gives them."""
+        self.config, self.definition = for_inference(config)
+        self.params = params
+        self.tokenizer = tokenizer
+        self.context_tokens = context_tokens
+        self.mesh = mesh
+        self.sampler = Sampler(config, tokenizer, context_tokens)
+
+    def logits(
+        self, ids: Sequence[Sequence[int]] | np.ndarray | Array, lengths: Sequence[int] | np.ndarray | None = None
+    ) -> Float32[Array, "B S V"]:
+        """Logits after each token of the rows `ids[B, S]`, padded on the right where `lengths[B]` say so.
+
+        What stands in the padding changes nothing; the logits there mean nothing. Compiles once for each [B, S].
+        """
+        given = np.asarray(ids)
+        if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
+            raise UserError(f"ids: got shape {given.shape} of {given.dtype}; whole numbers [B, S] are needed")
+        if given.min() < 0 or given.max() >= self.config.vocab_size:
+            raise UserError(
+                f"ids: {given.min()} to {given.max()} are not all in the vocabulary of {self.config.vocab_size}"
+            )
+        B, S = given.shape
+        counts = np.full(B, S) if lengths is None else np.asarray(lengths)
+        if counts.shape != (B,) or counts.min() < 1 or counts.max() > S:
+            raise UserError(f"lengths: got {counts.tolist()}; a number from 1 to {S} for each of {B} rows is needed")
+        segments = np.arange(S)[None] < counts[:, None]
+        with self._on_mesh():
+            return _logits(self.definition, self.params, given.astype(np.int32), segments.astype(np.int32))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 128,
+        *,
+        step: int = 0,
+        prompt_ids: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Completions of texts, or of ids (which are taken as they are: put BOS in front where the model expects it).
+
+        Further arguments are the fields of `SamplingConfig`: temperature, top_p, top_k, min_p, repetition_penalty,
+        stop, stop_tokens, samples, seed, ... With samples=K, each prompt's K completions follow each other. The same
+        seed, `step`, prompt id (by default its index) and sample number give the same completion, in any company.
+        """
+        if isinstance(prompts, str | Mapping):
+            raise UserError("prompts: got a single one; a list of texts or of lists of ids is needed")
+        config = _sampling(max_tokens, sampling)
+        encoded = [self._encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        with self._on_mesh():
+            return self.sampler.generate(self.params, encoded, config, step=step, prompt_ids=prompt_ids)
+
+    def stream(
+        self, prompt: str | Sequence[int], max_tokens: int = 128, *, step: int = 0, prompt_id: int = 0, **sampling: Any
+    ) -> Iterator[str]:
+        """The text of one completion in pieces, as it is drawn; arguments as for `generate`."""
+        config = _sampling(max_tokens, sampling)
+        encoded = self._encode(prompt, "prompt")
+        pieces = self.sampler.stream(self.params, encoded, config, step=step, prompt_id=prompt_id)
+        while True:
+            with self._on_mesh():  # and not around the yield, which would set it for the caller too
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def score(self, texts: Sequence[str], *, context_tokens: int = 0) -> list[Score]:
+        """The log-probability of each text after BOS, without an end-of-text token.
+
+        A text longer than the context (by default the trained row length) is read in windows of that many tokens, each
+        starting half a window after the one before: every token is scored once, those after the first window with at
+        least half a context in front of them.
+        """
+        context = context_tokens or self.context_tokens
+        if context < 2:
+            raise UserError(f"context_tokens: is {context} and the model's row length is unknown; give 2 or more")
+        if isinstance(texts, str):
+            raise UserError("texts: got a single one; a list of texts is needed")
+        encoded = [self.sampler.encode(text) for text in texts]
+        windows = [(t, *window) for t, ids in enumerate(encoded) for window in scoring_windows(len(ids), context)]
+        windows.sort(key=lambda window: window[2] - window[1])
+        logprobs = [0.0] * len(texts)
+        for at in range(0, len(windows), SCORE_ROWS):
+            group = windows[at : at + SCORE_ROWS]
+            scores = self._scores([encoded[t][begin:end] for t, begin, end, _ in group])
+            for row, (t, begin, end, first) in enumerate(group):
+                logprobs[t] += float(np.sum(scores[row, first - begin : end - begin], dtype=np.float64))
+        bytes_of = self.tokenizer.token_bytes()
+        return [_score(logprob, ids[1:], bytes_of) for logprob, ids in zip(logprobs, encoded, strict=True)]
+
+    def _scores(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 `[SCORE_ROWS, S]`: the log-probability of each token; S a power of two."""
+        S = bucket(max(len(row) for row in rows), 16)
+        ids, segments = np.zeros((SCORE_ROWS, S), np.int32), np.zeros((SCORE_ROWS, S), np.int32)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], segments[number, : len(row)] = row, 1
+        positions = np.broadcast_to(np.arange(S, dtype=np.int32), ids.shape)
+        with self._on_mesh():
+            return np.asarray(token_scores(self.definition, self.params, ids, segments, positions).logprobs)
+
+    def _encode(self, prompt: str | Sequence[int], where: str) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self.sampler.encode(prompt)
+        if isinstance(prompt, Mapping) or any(isinstance(item, Mapping) for item in prompt):
+            raise UserError(f"{where}: is a conversation, but the model has no chat template; give a text or ids")
+        return [int(token) for token in prompt]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+
+def scoring_windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first token to score) so that tokens 1, 2, … are scored once each; the first has nothing before it.
+
+    >>> list(scoring_windows(10, 4))
+    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
+    """
+    begin, first = 0, 1
+    while first < tokens:
+        end = min(begin + context, tokens)
+        yield begin, end, first
+        begin, first = begin + max(1, context // 2), end
+
+
+def _score(logprob: float, scored: Sequence[int], bytes_of: np.ndarray) -> Score:
+    count = int(bytes_of[np.array(scored, np.int64)].sum())
+    return Score(logprob, -logprob / math.log(2) / count if count else math.nan, len(scored))
+
+
+def _sampling(max_tokens: int, fields: Mapping[str, Any]) -> SamplingConfig:
+    return from_dict(SamplingConfig, {"max_tokens": max_tokens, **fields}, "generate")
+
+
+@functools.partial(jax.jit, static_argnames=("definition",))
+def _logits(definition: Definition, params: Params, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+
+    def forward(model):
+        return model.logits(model(ids, segments, positions)[0])
+
+    return apply(definition, params, forward)

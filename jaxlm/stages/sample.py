@@ -1,0 +1,114 @@
+"""Sampling: a model and prompts → completions.
+
+    python -m jaxlm sample --config=configs/sample.py --workdir=runs/base/sample
+
+Time: one compilation for each size of prompt, then a forward pass a token. Result: WORKDIR/completions.jsonl, a line
+for each prompt and sample,
+
+    {"prompt_id", "prompt", "sample", "text", "ids", "logprobs", "stop_reason"}
+
+with what else stood in the prompt's line of `prompts_file`. A line's "prompt_id" there (default: its number, from 0)
+names its random numbers.
+"""
+
+import json
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxlm.base import config as configs
+from jaxlm.base import files, logging, manifest, sharding
+from jaxlm.base.errors import UserError
+from jaxlm.hub.find import find_model
+from jaxlm.hub.language_model import load
+from jaxlm.sample.config import SampleConfig
+
+Config = SampleConfig
+
+
+def validate(config: SampleConfig, device_count: int) -> None:
+    """Raises ConfigError for a mesh that does not divide the devices."""
+    config.mesh.sizes(device_count)
+
+
+def inputs(config: SampleConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    model = find_model(config.model, "model")
+    read = {str(model): manifest.read(model).hash}
+    if config.prompts_file:
+        if not epath.Path(config.prompts_file).exists():
+            raise UserError(f"prompts_file: no such file: {config.prompts_file}")
+        read[config.prompts_file] = files.sha256(config.prompts_file)
+    return read
+
+
+def main(config: SampleConfig) -> dict[str, Any]:
+    """Writes WORKDIR/completions.jsonl, prints the first completions."""
+    began = time.monotonic()
+    validate(config, jax.device_count())
+    workdir = epath.Path(config.workdir)
+    files.clear(workdir, ("manifest.json", "completions.jsonl"))
+    read_from = inputs(config)
+    prompts = read_prompts(config)
+    lm = load(find_model(config.model, "model"), mesh=sharding.make_mesh(config.mesh))
+    sampling = config.sampling
+    encoded = [lm.sampler.encode(prompt["prompt"]) for prompt in prompts]
+    group = max(1, sampling.batch_rows // sampling.samples)
+    completions = []
+    with logging.progress("sample", len(prompts)) as progress, jax.set_mesh(lm.mesh):
+        for at in range(0, len(prompts), group):
+            names = [prompt["prompt_id"] for prompt in prompts[at : at + group]]
+            completions += lm.sampler.generate(lm.params, encoded[at : at + group], sampling, prompt_ids=names)
+            progress.advance(len(names))
+
+    lines = []
+    for index, completion in enumerate(completions):
+        number, sample = divmod(index, sampling.samples)
+        record = prompts[number] | {"sample": sample} | vars(completion)
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if index < 10:
+            logging.console.print(record["prompt"], style="bold", end="", markup=False)
+            logging.console.print(f"{completion.text} [{completion.stop_reason}]\n", markup=False)
+    files.write_bytes(workdir / "completions.jsonl", "".join(lines).encode())
+    seconds = time.monotonic() - began
+    tokens = sum(len(completion.ids) for completion in completions)
+    summary = {
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "figure": f"{len(completions)} completions, {tokens} tokens",
+    }
+    manifest.write(
+        workdir,
+        "samples",
+        contents=["completions.jsonl"],
+        inputs=read_from,
+        config=configs.identity(config),
+        facts={"completions": len(completions), "tokens": tokens, "summary": summary},
+    )
+    return summary
+
+
+def read_prompts(config: SampleConfig) -> list[dict[str, Any]]:
+    """One object a prompt, with "prompt_id" and "prompt"; raises UserError naming file and line."""
+    if not config.prompts_file:
+        return [{"prompt_id": number, "prompt": prompt} for number, prompt in enumerate(config.prompts)]
+    path = epath.Path(config.prompts_file)
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: is not valid JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise UserError(f'{path}:{number}: has no text under "prompt"; {{"prompt": "..."}} is needed')
+        name = record.setdefault("prompt_id", len(prompts))
+        if not isinstance(name, int) or isinstance(name, bool) or not 0 <= name < 2**32:
+            raise UserError(f"{path}:{number}: prompt_id {name!r} is not a whole number from 0 to 2**32 - 1")
+        prompts.append({"prompt_id": name} | record)
+    if not prompts:
+        raise UserError(f"prompts_file: {path} holds no prompt")
+    return prompts

@@ -1,0 +1,83 @@
+"""What `prepare` reads, and which documents it keeps."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from jaxlm.base.config import StageConfig, check
+from jaxlm.base.errors import ConfigError
+
+Format = Literal["auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs"]
+Split = Literal["train", "heldout"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where some of the documents come from."""
+
+    name: str
+    """Stands in the report and at the start of each document's id."""
+    path: str = ""
+    """A file, a glob or a folder, local or remote; for tfds the dataset, such as wikipedia/20230601.en."""
+    format: Format = "auto"
+    """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects)."""
+    split: Split = "train"
+    """heldout is kept out of training: train documents that overlap with it are dropped."""
+    text_field: str = "text"
+    """Name of the field or column that holds the text."""
+    modules: tuple[str, ...] = ()
+    """installed_docs only: the modules whose documentation is read, such as json and numpy.linalg."""
+    tfds_split: str = "train"
+    """tfds only: the dataset's own split, slices allowed, such as train[:10%]."""
+    tfds_folder: str = ""
+    """tfds only: folder of prepared datasets; TFDS's own default when empty."""
+
+    def __post_init__(self):
+        check(bool(self.name) and "/" not in self.name, "name", f"got {self.name!r}; a name without / is needed")
+        if self.format == "installed_docs":
+            check(bool(self.modules), "modules", "is empty; installed_docs needs at least one module")
+            check(not self.path, "path", f"got {self.path!r}; installed_docs reads modules, not a path")
+        else:
+            check(bool(self.path), "path", f"is empty; the format {self.format} needs a path")
+            check(not self.modules, "modules", "are read by the format installed_docs only")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig(StageConfig):
+    """From raw sources to clean shards of documents."""
+
+    stage: ClassVar[str] = "prepare"
+
+    sources: tuple[SourceConfig, ...]
+    """What is read; at least one source of the split train."""
+    min_characters: int = 50
+    """Shorter documents are dropped."""
+    max_characters: int = 1_000_000
+    """Longer documents are dropped."""
+    max_record_bytes: int = 64 * 2**20
+    """A line, record or text file of more bytes is not even read into memory; it counts as bad."""
+    max_bad_share: float = 0.01
+    """The stage refuses when more than this share of any source's records cannot be read as text."""
+    ngram_words: int = 13
+    """A train document is compared with the held-out ones by runs of this many words; 0 turns it off."""
+    max_overlap_share: float = 0.0
+    """The largest share of a train document's n-grams that may stand in a held-out document."""
+    shard_bytes: int = 64 * 2**20
+    """Bytes of text a shard, before compression."""
+
+    def __post_init__(self):
+        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError("sources", f"{names.count(name)} are named {name!r}; names must differ")
+        check(self.min_characters >= 1, "min_characters", f"got {self.min_characters}; at least 1 is needed")
+        check(
+            self.max_characters >= self.min_characters,
+            "max_characters",
+            f"got {self.max_characters}; at least min_characters ({self.min_characters}) is needed",
+        )
+        for field in ("max_record_bytes", "shard_bytes"):
+            check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; at least 1 is needed")
+        for field in ("max_bad_share", "max_overlap_share"):
+            check(0 <= getattr(self, field) <= 1, field, f"got {getattr(self, field)}; a share from 0 to 1 is needed")
+        check(self.ngram_words >= 0, "ngram_words", f"got {self.ngram_words}; 0 (off) or more is needed")

@@ -1,0 +1,170 @@
+"""Configs of the training machinery; standard library only."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from jaxlm.base.config import check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved and which saves stay."""
+
+    runtime_fields: ClassVar[tuple[str, ...]] = (
+        "every_steps",
+        "keep_last",
+        "keep_best",
+        "best",
+        "keep_every_steps",
+        "max_failed_saves",
+        "timeout_seconds",
+    )
+
+    every_steps: int = 500
+    """Steps between two saves; the last step is saved always."""
+    keep_last: int = 2
+    """How many of the newest whole checkpoints stay. Two, so that a damaged newest one does not end the run."""
+    keep_best: int = 1
+    """How many checkpoints with the best metric stay besides; 0 for none."""
+    best: Literal["lowest", "highest"] = "lowest"
+    """Which values of the metric are good."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step stay for good; 0 for none."""
+    max_failed_saves: int = 3
+    """So many failed saves in a row (a full disk, say) end the run; fewer are warned about."""
+    timeout_seconds: int = 900
+    """A save that takes longer than this to reach the disk has failed."""
+
+    def __post_init__(self):
+        for field in ("every_steps", "keep_last", "max_failed_saves", "timeout_seconds"):
+            check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; at least 1 is needed")
+        for field in ("keep_best", "keep_every_steps"):
+            check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 (none) or more is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """How long each phase of a run may take before it counts as hung; 0 for no limit."""
+
+    runtime_fields: ClassVar[tuple[str, ...]] = (
+        "start_seconds",
+        "compile_seconds",
+        "step_seconds",
+        "save_seconds",
+        "eval_seconds",
+    )
+
+    start_seconds: float = 1800.0
+    """From the start to the first compilation: devices, data, restoring a checkpoint."""
+    compile_seconds: float = 3600.0
+    """Compiling a step and running it the first time."""
+    step_seconds: float = 600.0
+    """One training step, waiting for its data included."""
+    save_seconds: float = 1800.0
+    """The part of a save that the loop waits for; above `checkpoint.timeout_seconds`, which it may wait out."""
+    eval_seconds: float = 3600.0
+    """One evaluation."""
+
+    def __post_init__(self):
+        for field in self.runtime_fields:
+            value = getattr(self, field)
+            check(value >= 0, field, f"got {value}; seconds, or 0 for no limit, are needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Which rule updates the weights; the learning rate is the schedule's."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the momentum of the inner matrices; embeddings, head and norms go to AdamW."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.95
+    """Decay of AdamW's second moment; 0.95 forgets a bad batch ten times sooner than 0.999."""
+    epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, times the learning rate; norms have none."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum (Nesterov)."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of the running average of the parameters; 0: none is kept."""
+
+    def __post_init__(self):
+        for field in ("b1", "b2", "muon_momentum", "ema"):
+            value = getattr(self, field)
+            check(0 <= value < 1, field, f"got {value}; a decay in [0, 1) is needed")
+        check(self.epsilon > 0, "epsilon", f"got {self.epsilon}; a positive number is needed")
+        check(self.weight_decay >= 0, "weight_decay", f"got {self.weight_decay}; 0 or more is needed")
+        check(self.clip_norm >= 0, "clip_norm", f"got {self.clip_norm}; 0 (none) or a positive norm is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up to the peak, then one of three ways down."""
+
+    kind: Literal["cosine", "wsd", "linear"] = "cosine"
+    """cosine or linear to the final share; wsd stays at the peak and falls linearly over the last part."""
+    peak: float = 0.0
+    """The highest learning rate; 0 derives it from the depth."""
+    warmup_steps: int = 100
+    """Steps from 0 to the peak."""
+    decay_share: float = 0.2
+    """wsd: the last share of the steps, in which the rate falls."""
+    final_share: float = 0.1
+    """The rate at the last step over the peak."""
+
+    def __post_init__(self):
+        check(self.peak >= 0, "peak", f"got {self.peak}; a positive rate, or 0 to derive it, is needed")
+        check(self.warmup_steps >= 0, "warmup_steps", f"got {self.warmup_steps}; 0 or more is needed")
+        check(0 < self.decay_share <= 1, "decay_share", f"got {self.decay_share}; a share in (0, 1] is needed")
+        check(0 <= self.final_share <= 1, "final_share", f"got {self.final_share}; a share in [0, 1] is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlateauConfig:
+    """When the error has stopped falling: of the last `evaluations` held-out figures, the best is not below the best
+    before them by `least_improvement` of it."""
+
+    evaluations: int = 0
+    """How many evaluations the rule looks back on; 0: never stop early."""
+    least_improvement: float = 0.002
+    """The relative fall that counts as falling."""
+
+    def __post_init__(self):
+        check(self.evaluations >= 0, "evaluations", f"got {self.evaluations}; 0 (off) or more is needed")
+        check(0 <= self.least_improvement < 1, "least_improvement", f"got {self.least_improvement}; [0, 1) is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often the loop logs, evaluates, saves and looks inside; nothing here changes the trained numbers."""
+
+    log_every_steps: int = 10
+    """A line of metrics every so many steps."""
+    evaluate_every_steps: int = 250
+    """Held-out figures every so many steps, and at the end."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of a profiler trace into tensorboard/."""
+    stop_at_step: int = 0
+    """Save and end before the last step of the schedule; the same command goes on from there. 0: at the last."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Hangs."""
+
+    def __post_init__(self):
+        check(self.log_every_steps > 0, "log_every_steps", f"got {self.log_every_steps}; 1 or more is needed")
+        check(
+            self.evaluate_every_steps > 0,
+            "evaluate_every_steps",
+            f"got {self.evaluate_every_steps}; 1 or more is needed",
+        )
+        check(
+            len(self.profile_steps) in (0, 2),
+            "profile_steps",
+            f"got {self.profile_steps}; FIRST,LAST or nothing is needed",
+        )
+        check(self.stop_at_step >= 0, "stop_at_step", f"got {self.stop_at_step}; 0 or more is needed")

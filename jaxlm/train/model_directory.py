@@ -1,0 +1,230 @@
+"""The model directory: what every later stage takes, and any tool can read.
+
+    model/config.json                             the ModelConfig
+          params/model-00001.safetensors, ...     one tensor a weight and layer: embedding, layers.7.attention.query
+          params/model.safetensors.index.json     which tensor lies in which file
+          tokenizer.model | byte_tokenizer.json
+          manifest.json                           a sha256 of each, written last
+
+The layout of the layers in memory (stacked for the scan or unrolled) is no part of it: either one reads what the other
+wrote. Tensors are float32, whatever type the reader asks for.
+"""
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from jaxlm.base import files, manifest
+from jaxlm.base.config import from_dict, to_dict
+from jaxlm.base.errors import UserError
+from jaxlm.base.manifest import Manifest
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import Definition, Params, Weight
+from jaxlm.tokenizer import tokenizer as tokenizers
+
+KIND = "model"
+FORMAT_VERSION = 1
+INDEX = "model.safetensors.index.json"
+# A shard is held in host memory while it is written.
+SHARD_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDirectory:
+    """A model on disk whose files are those that were written; the parameters are still there, not here."""
+
+    folder: epath.Path
+    config: ModelConfig
+    manifest: Manifest
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return tokenizers.load(self.folder)
+
+    def load_params(self, definition: Definition, shardings: Any = None) -> Params:
+        """The parameters in the definition's layout and types, read tensor by tensor.
+
+        With `shardings` (a tree like the parameters: `definition.shardings(mesh)`), every device gets its own part
+        and no host reads more than its devices hold. Raises UserError with the list of tensors that are missing,
+        unknown, of another shape or not float32.
+        """
+        with contextlib.ExitStack() as opened:
+            tensors = self._open(opened)
+            self._compare(definition, tensors)
+            return _build(definition, tensors, shardings)
+
+    def _open(self, opened: contextlib.ExitStack) -> dict[str, Any]:
+        """Tensor name → its slice object in the mapped file: shape and type are known, nothing is read."""
+        folder = self.folder / "params"
+        if "://" in str(folder):  # files are mapped into memory, which takes local ones
+            local = epath.Path(opened.enter_context(tempfile.TemporaryDirectory()))
+            for name in files.walk(folder):
+                (folder / name).copy(local / name)
+            folder = local
+        index = files.read_json(folder / INDEX)
+        tensors = {}
+        for file in sorted(set(index["weight_map"].values())):
+            if f"params/{file}" not in self.manifest.files:
+                raise UserError(f"{self.folder}/params/{INDEX}: names {file!r}, which the manifest does not list")
+            try:
+                stored = opened.enter_context(safetensors.safe_open(folder / file, framework="np"))
+                tensors |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+            except safetensors.SafetensorError as error:
+                raise UserError(f"{self.folder}/params/{file}: is not a sound safetensors file: {error}") from None
+        return tensors
+
+    def _compare(self, definition: Definition, tensors: Mapping[str, Any]) -> None:
+        expected = {name: shape for _, declared in definition for name, shape in tensor_shapes(declared)}
+        problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+        problems += [f"unknown: {name} {tensors[name].get_shape()}" for name in tensors if name not in expected]
+        for name in tensors.keys() & expected.keys():
+            shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+            if (shape, kind) != (expected[name], "F32"):
+                problems.append(f"{name}: is {kind}{list(shape)}, but F32{list(expected[name])} is needed")
+        if problems:
+            raise UserError(
+                f"{self.folder}: its tensors do not fit its config.json:\n  " + "\n  ".join(sorted(problems))
+            )
+
+
+def write(
+    folder: epath.PathLike,
+    params: Params,
+    model_config: ModelConfig,
+    tokenizer_folder: epath.PathLike,
+    *,
+    inputs: Mapping[str, str],
+    config: Any,
+    facts: Mapping[str, Any],
+) -> Manifest | None:
+    """Writes a model directory, shard by shard; in a run of many processes, all call it and process 0 writes.
+
+    `params` are float32 in either layout, sharded or not; `inputs`, `config` and `facts` go to the manifest.
+    `facts["row_length"]` tells later stages on how long rows the model was trained. Returns the manifest (None on
+    the other processes). A rewritten directory counts as unfinished until its manifest is there.
+    """
+    folder = epath.Path(folder)
+    definition = define_model(model_config)
+    tokenizer = tokenizers.load(tokenizer_folder)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"{tokenizer_folder}: has {tokenizer.vocab_size} tokens, the model only {model_config.vocab_size}"
+        )
+    writes = jax.process_index() == 0
+    if writes:
+        (folder / "manifest.json").unlink(missing_ok=True)
+        if (folder / "params").exists():
+            (folder / "params").rmtree()
+        files.write_json(folder / "config.json", {"format_version": FORMAT_VERSION} | to_dict(model_config))
+        tokenizers.save(tokenizer, folder)
+    weight_map = {}
+    for number, names in enumerate(_shards(definition), 1):
+        file = f"model-{number:05}.safetensors"
+        tensors = dict(_tensors(definition, params, names))
+        if writes:
+            files.write_bytes(folder / "params" / file, safetensors.numpy.save(tensors, {"format": "np"}))
+        weight_map |= dict.fromkeys(names, file)
+    if not writes:
+        return None
+    size = 4 * definition.parameter_count()
+    files.write_json(folder / "params" / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    contents = [name for name in files.walk(folder) if name != "manifest.json"]
+    return manifest.write(folder, KIND, contents=contents, inputs=inputs, config=config, facts=facts)
+
+
+def read(folder: epath.PathLike, *, verify: bool = True, field: str = "") -> ModelDirectory:
+    """Opens a model directory; refuses one that is unfinished, newer, or (unless told not to look) changed.
+
+    `verify=False` skips the sha256 of the files, about a second a GB. `field` names the config's field in errors.
+    """
+    folder = epath.Path(folder)
+    found = manifest.read(folder, KIND, field)
+    if verify:
+        manifest.verify(folder, found)
+    values = files.read_json(folder / "config.json")
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder}/config.json: has format_version {version}, this jaxlm reads {FORMAT_VERSION}")
+    return ModelDirectory(folder=folder, config=from_dict(ModelConfig, values, f"{folder}/config.json"), manifest=found)
+
+
+def tensor_shapes(declared: Weight) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the tensors that hold a weight: one for each of its layers.
+
+    >>> tensor_shapes(...)  # a stacked query of 2 layers
+    [('layers.0.attention.query', (64, 64)), ('layers.1.attention.query', (64, 64))]
+    """
+    first, *rest = declared.name.split("/")
+    if not declared.layers:
+        return [(".".join([first, *rest]), declared.shape)]
+    shape = declared.shape[1:] if _stacked(declared) else declared.shape
+    return [(".".join([first, str(layer), *rest]), shape) for layer in declared.layers]
+
+
+def _stacked(declared: Weight) -> bool:
+    return declared.axes[0] == "layers"
+
+
+def _shards(definition: Definition) -> list[set[str]]:
+    """The names of the tensors of each file, filled up to SHARD_BYTES."""
+    shards: list[set[str]] = [set()]
+    filled = 0
+    for _, declared in definition:
+        for name, shape in tensor_shapes(declared):
+            size = 4 * math.prod(shape)
+            if shards[-1] and filled + size > SHARD_BYTES:
+                shards.append(set())
+                filled = 0
+            shards[-1].add(name)
+            filled += size
+    return shards
+
+
+def _tensors(definition: Definition, params: Params, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor on the host) of the named tensors, one at a time: a stacked weight is fetched layer by layer."""
+    for path, declared in definition:
+        leaf: Any = params
+        for part in path:
+            leaf = leaf[part]
+        for row, (name, _) in enumerate(tensor_shapes(declared)):
+            if name in names:
+                yield name, _fetch(leaf[row] if _stacked(declared) else leaf)
+
+
+def _fetch(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def _build(definition: Definition, tensors: Mapping[str, Any], shardings: Any) -> Params:
+    """The parameter tree, each leaf made from the slices that its devices need."""
+    params: Params = {}
+    for path, declared in definition:
+        names = [name for name, _ in tensor_shapes(declared)]
+
+        def part(index: Any, declared: Weight = declared, names: list[str] = names) -> np.ndarray:
+            if not _stacked(declared):
+                return tensors[names[0]][index].astype(declared.dtype)
+            return np.stack([tensors[name][index[1:]].astype(declared.dtype) for name in names[index[0]]])
+
+        node, placed = params, shardings
+        for step in path[:-1]:
+            node = node.setdefault(step, {})
+            placed = placed and placed[step]
+        if placed is None:
+            node[path[-1]] = jax.device_put(part((slice(None),) * len(declared.shape)))
+        else:
+            node[path[-1]] = jax.make_array_from_callback(declared.shape, placed[path[-1]], part)
+    return params

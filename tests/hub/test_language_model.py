@@ -1,0 +1,151 @@
+"""`jaxlm.load`: scores against sums by hand, generation, logits, and what it refuses."""
+
+import functools
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import UserError
+from jaxlm.base.sharding import make_mesh
+from jaxlm.hub.find import find_model
+from jaxlm.hub.language_model import load, scoring_windows
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import initialize
+from jaxlm.tokenizer import tokenizer as tokenizers
+from jaxlm.tokenizer.byte import ByteTokenizer
+from jaxlm.train import model_directory
+
+TOKENIZER = ByteTokenizer(("<pad>", "<s>", "</s>"))
+CONFIG = ModelConfig(vocab_size=259, layers=2, width=16, heads=2, compute="float32").complete()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a model in its pretrain stage, trained on rows of 32 tokens."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizers.save(TOKENIZER, folder / "tokenizer")
+    params = jax.jit(functools.partial(initialize, define_model(CONFIG), 0))()
+    written = functools.partial(model_directory.write, inputs={}, config={}, facts={"row_length": 32})
+    written(folder / "pretrain" / "model", params, CONFIG, folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(run):
+    return load(run)
+
+
+def test_paths_that_lead_to_the_model(run, lm):
+    model = run / "pretrain" / "model"
+    assert [str(find_model(path)) for path in (run, run / "pretrain", model)] == [str(model)] * 3
+    assert lm.context_tokens == 32
+    assert lm.config.vocab_size == lm.tokenizer.vocab_size == 259
+
+
+def test_paths_without_a_model_are_refused_with_what_is_there(run, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"holds no finished model; found tokenizer"):
+        (tmp_path / "tokenizer").mkdir()
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"without manifest.json is not finished"):
+        (tmp_path / "params").mkdir()
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"is a Hugging Face directory \(LlamaForCausalLM\)"):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+        load(tmp_path)
+
+
+def by_hand(lm, ids):
+    """log p of each token after the first, from the logits of the whole text."""
+    logprobs = jax.nn.log_softmax(lm.logits([ids])[0], axis=-1)
+    return [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
+
+
+def test_score_is_the_sum_over_tokens(lm):
+    texts = ["Grüße", "a", "", "twenty-eight bytes and a dot."]
+    scores = lm.score(texts)
+    for text, score in zip(texts, scores, strict=True):
+        expected = sum(by_hand(lm, [257, *text.encode()]))
+        np.testing.assert_allclose(score.logprob, expected, rtol=1e-5)
+        assert score.tokens == len(text.encode())
+        if text:
+            np.testing.assert_allclose(score.bits_per_byte, -expected / math.log(2) / score.tokens, rtol=1e-5)
+    assert math.isnan(scores[2].bits_per_byte)
+
+
+def test_long_texts_are_scored_in_windows_each_token_once(lm):
+    text = "0123456789" * 5
+    ids = [257, *text.encode()]
+    expected, seen = 0.0, []
+    for begin, end, first in scoring_windows(len(ids), 16):
+        expected += sum(by_hand(lm, ids[begin:end])[first - begin - 1 :])
+        seen += range(first, end)
+        assert end - begin <= 16
+        assert begin == 0 or first - begin >= 8
+    assert seen == list(range(1, len(ids)))
+    (score,) = lm.score([text], context_tokens=16)
+    np.testing.assert_allclose(score.logprob, expected, rtol=1e-5)
+    assert abs(score.logprob - lm.score([text], context_tokens=64)[0].logprob) > 1e-4
+    assert list(scoring_windows(5, 2)) == [(0, 2, 1), (1, 3, 2), (2, 4, 3), (3, 5, 4)]
+
+
+def test_logits_of_padded_rows(lm):
+    ids = np.array([[257, 65, 66, 67], [257, 70, 1, 2]])
+    logits = lm.logits(ids, lengths=[4, 2])
+    assert logits.shape == (2, 4, 259)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[1, :2], lm.logits([[257, 70]])[0], atol=1e-5)
+    changed = ids.copy()
+    changed[1, 2:] = 99
+    np.testing.assert_array_equal(lm.logits(changed, lengths=[4, 2])[1, :2], logits[1, :2])
+
+
+def test_generate_takes_texts_and_ids(lm):
+    a = lm.generate(["ab", "x"], max_tokens=5, temperature=0.8, seed=1)
+    b = lm.generate([[257, 97, 98], [257, 120]], max_tokens=5, temperature=0.8, seed=1)
+    assert a == b
+    assert "".join(lm.stream("ab", max_tokens=5, temperature=0.8, seed=1)) == a[0].text
+    assert len(lm.generate(["ab"], max_tokens=2, samples=2)) == 2
+
+
+def test_on_a_mesh_it_says_and_scores_the_same(run, lm):
+    spread = load(run, mesh=make_mesh(MeshConfig(data=4, fsdp=2)))
+    assert spread.params["layers"]["0"]["mlp"]["up"].sharding.num_devices == 8
+    np.testing.assert_allclose(spread.score(["some text"])[0].logprob, lm.score(["some text"])[0].logprob, rtol=1e-5)
+    a, b = (m.generate(["ab"], max_tokens=5, seed=1)[0] for m in (spread, lm))
+    assert a.ids == b.ids
+
+
+def test_wrong_arguments_are_refused_by_name(lm):
+    with pytest.raises(UserError, match=r"generate.temprature: no such field; did you mean 'temperature'"):
+        lm.generate(["a"], temprature=0.5)
+    with pytest.raises(UserError, match="(?s)generate.*stop"):
+        lm.generate(["a"], max_tokens=4, stop="x")
+    with pytest.raises(UserError, match="prompts: got a single one"):
+        lm.generate("a")
+    for conversation in ([{"role": "user", "content": "hi"}], {"role": "user", "content": "hi"}):
+        with pytest.raises(UserError, match=r"prompts\[0\]: is a conversation, but the model has no chat template"):
+            lm.generate([conversation])
+    with pytest.raises(UserError, match="exceed the context of 32"):
+        lm.generate(["a"], max_tokens=31)
+    with pytest.raises(UserError, match="not all in the vocabulary of 259"):
+        lm.logits([[259]])
+    with pytest.raises(UserError, match="whole numbers"):
+        lm.logits([1, 2])
+    with pytest.raises(UserError, match="lengths"):
+        lm.logits([[1, 2]], lengths=[3])
+
+
+def test_importing_jaxlm_imports_no_jax():
+    code = "import sys, jaxlm; assert 'jax' not in sys.modules; print(jaxlm.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
