@@ -44,6 +44,9 @@ def validate(config: PretrainConfig, device_count: int) -> None:
         raise ConfigError("data", "is empty; give at least one folder of packed rows")
     sizes = config.mesh.sizes(device_count)
     pieces = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
+    tokens = config.batch_rows * config.row_length // config.accumulate
+    if config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
+        raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide the {tokens} of a piece")
     if config.batch_rows % (pieces * config.accumulate):
         raise ConfigError(
             "batch_rows",
@@ -156,7 +159,8 @@ def row_sums(params: Any, rows: dict[str, jax.Array], definition: Any, chunk_tok
     tokens = flat[1].shape[0]
     if not chunk_tokens or tokens <= chunk_tokens:
         return sums(flat)
-    chunks = jax.tree.map(lambda x: x.reshape(tokens // chunk_tokens, chunk_tokens, *x.shape[1:]), flat)
+    # Chunk c takes tokens c, c + C, …, so that each is spread over the devices as the batch is.
+    chunks = jax.tree.map(lambda x: x.reshape(chunk_tokens, -1, *x.shape[1:]).swapaxes(0, 1), flat)
     each = jax.lax.map(jax.checkpoint(sums), chunks)
     return jax.tree.map(jnp.sum, each)
 

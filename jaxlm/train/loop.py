@@ -154,11 +154,11 @@ class _Run:
                 state, measured = compiled(state, batch)
                 step += 1
                 bar.advance(1, clock.note)
-                if step % config.log_every_steps == 0 or step == last:
+                if step % config.log_every_steps == 0 or step == task.steps:
                     self._log()
                     self.pending = (step, measured)
                 stopped = False
-                if step % config.evaluate_every_steps == 0 or step == last:
+                if step % config.evaluate_every_steps == 0 or step == task.steps:
                     stopped = self._evaluate(state, step) and step < last
                     clock.restart(step)
                 interrupted = agreement.reached() and step < last

@@ -1,0 +1,83 @@
+"""The train step, compiled for TPU topologies by the TPU compiler on a machine that has none.
+
+What is held: it compiles with the splash kernel, fits the chip's memory, and moves data as its sharding says.
+"""
+
+import dataclasses
+import os
+import re
+
+import jax
+import pytest
+
+from jaxlm.__main__ import make_config
+from jaxlm.base import config as configs
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.sharding import make_mesh
+from jaxlm.stages import pretrain
+
+pytest.importorskip("libtpu", reason="the tpu extra is not installed; CI installs it")
+pytestmark = [pytest.mark.slow, pytest.mark.tpu_compiler]
+
+GIB = 2**30
+# HBM a chip: https://cloud.google.com/tpu/docs/v5e and /v5p
+MEMORY = {"v5e:4x4": 16 * GIB, "v5p:2x2x2": 95 * GIB}
+
+
+def compile_step(config, topology, mesh_config):
+    from jax.experimental import topologies
+
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(mesh_config, devices)
+    with jax.set_mesh(mesh):
+        program = pretrain.build(config, mesh)
+        return program.step.lower(program.abstract_state, program.abstract_batch).compile()
+
+
+def collectives(compiled) -> dict[str, int]:
+    """Collective instructions in the program's text; a loop over layers counts once."""
+    kinds = re.findall(r"= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def memory(compiled) -> int:
+    found = compiled.memory_analysis()
+    # The state is donated: outputs take the place of arguments.
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+@pytest.fixture(scope="module")
+def demo():
+    run = configs.load_config_file("configs/demo.py")
+    config = next(stage for stage in run.stages if stage.stage == "pretrain")
+    model = dataclasses.replace(config.model, vocab_size=4096).complete()
+    return dataclasses.replace(config, model=model, row_length=256, batch_rows=32)
+
+
+@pytest.mark.parametrize("topology", MEMORY)
+def test_the_demos_step(demo, topology):
+    compiled = compile_step(demo, topology, MeshConfig(data=-1))
+    assert "splash" in compiled.as_text()
+    assert memory(compiled) < 1 * GIB
+    found = collectives(compiled)
+    # Data parallel: gradients are summed, nothing is gathered.
+    assert set(found) == {"all-reduce"}, found
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v5e:4x4", MeshConfig(data=1, fsdp=16)),
+        ("v5e:4x4", MeshConfig(data=1, fsdp=8, tensor=2)),
+        ("v5p:2x2x2", MeshConfig(data=1, fsdp=8)),
+    ],
+    ids=str,
+)
+def test_a_billion_parameters(topology, mesh):
+    config = make_config("pretrain", "configs/pretrain_1b.py", "unused", {})
+    config = dataclasses.replace(config, model=config.model.complete())
+    compiled = compile_step(config, topology, mesh)
+    assert "splash" in compiled.as_text()
+    assert memory(compiled) < MEMORY[topology]
+    print(topology, mesh, memory(compiled) / GIB, collectives(compiled))
