@@ -18,7 +18,7 @@ slow: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A stamp for each set of extras, so that installing runs again only when pyproject.toml changes.
 $(VENV)/installed-%: pyproject.toml

@@ -28,10 +28,10 @@ numpy.polynomial.polynomial numpy.polynomial.chebyshev numpy.random numpy.testin
 jax.nn jax.profiler jax.scipy.signal jax.scipy.special jax.sharding jax.tree_util flax.core flax.linen flax.nnx optax
 optax.contrib orbax.checkpoint grain matplotlib.artist matplotlib.axes matplotlib.colors matplotlib.patches
 matplotlib.ticker matplotlib.transforms rich.console rich.progress jinja2 absl.flags tokenizers tensorboardX
+http.server ipaddress traceback xml.sax.handler flax.traverse_util rich.table
 """.split()
 HELDOUT = """
-calendar difflib http.server ipaddress json shutil statistics textwrap traceback unittest urllib.parse xml.sax.handler
-numpy.lib.stride_tricks jax.tree flax.traverse_util optax.losses rich.table
+calendar difflib json shutil statistics textwrap urllib.parse numpy.lib.stride_tricks jax.tree optax.losses
 """.split()
 PROMPTS = ("os.path.join\n\nJoin", "jax.numpy.mean\n\nReturn", "The for statement")
 

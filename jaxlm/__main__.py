@@ -33,8 +33,9 @@ STAGES = {
     "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
 }
 
-# Stages that several processes can run together, each with its own devices.
-PARALLEL = ("pretrain", "sample", "evaluate")
+# Stages that use devices, and those of them that several processes can run together.
+ON_DEVICES = ("pretrain", "sample", "evaluate", "run")
+PARALLEL = ("pretrain",)
 
 USAGE = """\
 python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
@@ -136,7 +137,7 @@ def run(name: str, config: configs.StageConfig) -> None:
 
     if devices.distributed() and name not in PARALLEL:
         raise UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
-    if name in (*PARALLEL, "run"):
+    if name in ON_DEVICES:
         devices.start()
     if devices.distributed():
         import jax

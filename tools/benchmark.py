@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def training_pair() -> tuple[Callable[[], None], Callable[[], None]]:
 
     params = reference_model.init(0)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    plain = [(params, zeros, jax.tree.map(jnp.copy, zeros), jnp.float32(1))]
+    plain: list[Any] = [(params, zeros, jax.tree.map(jnp.copy, zeros), jnp.float32(1))]
     reference_step = jax.jit(reference_model.train_step, donate_argnums=(0, 1, 2))
 
     def reference() -> None:

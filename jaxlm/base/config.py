@@ -142,7 +142,7 @@ def _rebuild(value: Any, changes: Any, path: str) -> Any:
             at = _item_index(items, key, f"{dotted}{key}")
             items[at] = _rebuild(items[at], change, f"{dotted}{key}")
         return tuple(items)
-    if not dataclasses.is_dataclass(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise ConfigError(path, f"has no fields; it is {type(value).__name__} {value!r}")
     hints = field_types(type(value))
     new: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Attention: who sees whom, the plain path, the TPU's splash kernel, and the block's attention part."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def splash_attention(
         grouped = (q * q.dtype.type(N**-0.5)).reshape(B, S, H // groups, groups, N).transpose(0, 2, 3, 1, 4)
         over_kv_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
         ids = kernel.SegmentIds(segments, segments)
-        out = jax.vmap(over_kv_heads)(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), ids)
+        out: Any = jax.vmap(over_kv_heads)(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), ids)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, N)
 
     # A kernel is opaque to the partitioner: each device runs it on its own rows and heads.

@@ -51,7 +51,7 @@ class GatedMLP(nnx.Module):
         # variance does not grow with depth (GPT-2).
         self.down = weight((F, D), ("mlp", "embed"), Normal((2 * F * config.layers) ** -0.5), matrix=True)
         self.activation = config.activation
-        self.compute = config.compute
+        self.compute: precision.Compute = config.compute
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         gate = precision.matmul(x, self.gate[...], self.compute)

@@ -161,7 +161,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         head = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
-        logits = precision.matmul(hidden, head, self.config.compute).astype(jnp.float32)
+        logits = precision.matmul(hidden, head, self.config.compute, wide=True)
         cap = self.config.logit_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 

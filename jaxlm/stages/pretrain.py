@@ -170,9 +170,9 @@ def evaluate_batch(params: Any, batch: dict[str, jax.Array], *, definition: Any,
     sums = row_sums(params, batch, definition, chunk_tokens)
     bytes_ = jnp.sum(jnp.where(batch["loss_mask"], batch["bytes"], 0)).astype(jnp.float32)
     return {
-        "eval/loss": Mean(sums.loss, sums.count),
+        "eval/loss": Mean(sums.loss, sums.targets),
         "eval/bits_per_byte": Mean(sums.loss / math.log(2), bytes_),
-        "eval/accuracy": Mean(sums.correct, sums.count),
+        "eval/accuracy": Mean(sums.correct, sums.targets),
     }
 
 

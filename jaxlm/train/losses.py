@@ -21,8 +21,8 @@ class TokenSums(NamedTuple):
     """log²(Σ exp(logits)): what z-loss keeps small (arXiv:2204.02311, section 5)"""
     correct: Array
     """targets that are the most likely token"""
-    count: Array
-    """counted targets"""
+    targets: Array
+    """how many were counted"""
 
 
 def targets_of(ids: Int[Array, "B S"], loss_mask: Bool[Array, "B S"]) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -57,7 +57,7 @@ def token_losses(logits: Float32[Array, "N V"], targets: Int[Array, "N"]) -> tup
 
 def as_metrics(sums: TokenSums) -> dict[str, Mean]:
     return {
-        "train/loss": Mean(sums.loss, sums.count),
-        "train/z_loss": Mean(sums.squared_normalizer, sums.count),
-        "train/accuracy": Mean(sums.correct, sums.count),
+        "train/loss": Mean(sums.loss, sums.targets),
+        "train/z_loss": Mean(sums.squared_normalizer, sums.targets),
+        "train/accuracy": Mean(sums.correct, sums.targets),
     }

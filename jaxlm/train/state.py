@@ -38,10 +38,10 @@ class Shardings(NamedTuple):
 class Program(NamedTuple):
     """What a training stage hands to the loop, to the planner and to replay."""
 
-    step: Callable[[Any, Any], tuple[Any, Any]]
-    """(state, batch) → (state, metrics); compiled once, donates the state"""
-    evaluate: Callable[[Any, Any], Any]
-    """(params, batch) → metrics over one held-out batch"""
+    step: Any
+    """a jitted function (state, batch) → (state, metrics); compiled once, donates the state"""
+    evaluate: Any
+    """a jitted function (params, batch) → metrics over one held-out batch"""
     initialize: Callable[[], Any]
     """() → the state before the first step, made in place on the mesh"""
     abstract_state: Any

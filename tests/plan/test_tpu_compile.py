@@ -37,14 +37,16 @@ def compile_step(config, topology, mesh_config):
 
 def collectives(compiled) -> dict[str, int]:
     """Collective instructions in the program's text; a loop over layers counts once."""
-    kinds = re.findall(r"= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    kinds = re.findall(rf"= \S+ ({names})(?:-start)?\(", compiled.as_text())
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
 def memory(compiled) -> int:
     found = compiled.memory_analysis()
     # The state is donated: outputs take the place of arguments.
-    return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    made = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + made
 
 
 @pytest.fixture(scope="module")
@@ -80,4 +82,10 @@ def test_a_billion_parameters(topology, mesh):
     compiled = compile_step(config, topology, mesh)
     assert "splash" in compiled.as_text()
     assert memory(compiled) < MEMORY[topology]
-    print(topology, mesh, memory(compiled) / GIB, collectives(compiled))
+    found = collectives(compiled)
+    # Weights are gathered where a layer needs them, forward, recomputed and backward; gradients are summed. More would
+    # mean that activations are moved about: a constraint that the partitioner could not keep.
+    assert found["all-gather"] <= 60, found
+    assert found["all-reduce"] <= 20, found
+    assert found.get("all-to-all", 0) == 0, found
+    assert found.get("collective-permute", 0) == 0, found

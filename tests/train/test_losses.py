@@ -29,7 +29,7 @@ def test_sums_match_numpy_in_float64():
     np.testing.assert_allclose(got.loss, each[np.asarray(counted)].sum(), rtol=1e-6)
     np.testing.assert_allclose(got.squared_normalizer, (normalizer**2)[np.asarray(counted)].sum(), rtol=1e-6)
     assert float(got.correct) == (wide.argmax(-1) == np.arange(7))[np.asarray(counted)].sum()
-    assert float(got.count) == 5
+    assert float(got.targets) == 5
 
 
 def test_uniform_logits_cost_log_v():
