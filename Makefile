@@ -10,7 +10,7 @@ demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m jaxlm run --config=configs/demo.py --workdir=runs/demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow

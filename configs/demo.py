@@ -48,8 +48,8 @@ def get_config() -> RunConfig:
             PackConfig(documents="@prepare", tokenizer="@tokenizer", row_length=256),
             PretrainConfig(
                 data=(MixtureSource(path="@pack"),),
-                model=ModelConfig(layers=4, width=256, heads=4, qk_norm=True),
-                batch_rows=16,
+                model=ModelConfig(layers=4, width=256, heads=4, qk_norm=True, scan_layers=False),
+                batch_rows=8,
                 steps=300,
                 optimizer=OptimizerConfig(kind="muon"),
                 schedule=ScheduleConfig(kind="linear", peak=4e-3, warmup_steps=20, final_share=0.0),

@@ -42,7 +42,7 @@ from jaxlm.train.config import ScheduleConfig
 
 B, S, PROMPT, NEW = 16, 256, 64, 128
 PAIRS = 5
-MODEL = ModelConfig(vocab_size=8192, layers=6, width=384, heads=6, feed_forward=1024).complete()
+MODEL = ModelConfig(vocab_size=8192, layers=6, width=384, heads=6, feed_forward=1024, scan_layers=False).complete()
 
 
 def training_pair() -> tuple[Callable[[], None], Callable[[], None]]:

@@ -22,7 +22,8 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        console.print(record.getMessage(), style=style, markup=False)
+        with contextlib.suppress(OSError):  # a terminal, or a full disk behind it, must not end a run
+            console.print(record.getMessage(), style=style, markup=False)
 
 
 def start(workdir: str | None = None) -> None:

@@ -18,7 +18,7 @@ MASKED = -2.0e38
 
 
 class Layer(NamedTuple):
-    """What a layer's keys and values were in the past: `[B, T, K, N]` each."""
+    """What a layer's keys and values were in the past: `[B, K, T, N]` each, a head's in one piece of memory."""
 
     key: Array
     value: Array
@@ -58,21 +58,21 @@ def visible(place: Place, window: int) -> Bool[Array, "B S T"]:
 
 def plain_attention(
     q: Float[Array, "B S H N"],
-    k: Float[Array, "B T K N"],
-    v: Float[Array, "B T K N"],
+    k: Float[Array, "B K T N"],
+    v: Float[Array, "B K T N"],
     mask: Bool[Array, "B S T"],
     soft_cap: float,
 ) -> Float[Array, "B S H N"]:
     """softmax(q k / sqrt(N)) v, softmax in float32; query head h reads key head h // G."""
     B, S, H, N = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, S, K, H // K, N)
-    scores = jnp.einsum("bskgn,btkn->bkgst", grouped, k, preferred_element_type=jnp.float32) * N**-0.5
+    K = k.shape[1]
+    grouped = q.reshape(B, S, K, H // K, N).astype(k.dtype)
+    scores = precision.product("bskgn,bktn->bkgst", grouped, k) * N**-0.5
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btkn->bskgn", probabilities, v).reshape(B, S, H, N)
+    return precision.product("bkgst,bktn->bskgn", probabilities, v).reshape(B, S, H, N).astype(q.dtype)
 
 
 def splash_attention(
@@ -142,14 +142,15 @@ class SelfAttention(nnx.Module):
         q = constrain(q, "batch", "sequence", "activation_heads", None)
         k = constrain(k, "batch", "sequence", "activation_heads", None)
         v = constrain(v, "batch", "sequence", "activation_heads", None)
-        if past is not None:
-            assert place.slot is not None
-            k = jax.lax.dynamic_update_slice_in_dim(past.key, k, place.slot, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(past.value, v, place.slot, 1)
-            past = Layer(k, v)
         if c.attention == "splash" and past is None:
             out = splash_attention(q, k, v, place.query_segments, self.window, c.attention_soft_cap)
         else:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            if past is not None:
+                assert place.slot is not None
+                k = jax.lax.dynamic_update_slice_in_dim(past.key, k.astype(past.key.dtype), place.slot, 2)
+                v = jax.lax.dynamic_update_slice_in_dim(past.value, v.astype(past.value.dtype), place.slot, 2)
+                past = Layer(k, v)
             out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap)
         out = constrain(out, "batch", "sequence", "activation_heads", None)
         return precision.matmul(out.reshape(B, S, c.heads * c.head_size), self.output[...], c.compute), past

@@ -34,7 +34,7 @@ class Cache(NamedTuple):
     """Keys and values of all that was read so far; every row writes at the same slot, masks go by position."""
 
     layers: tuple[Layer, ...]
-    """L times keys and values `[B, T, K, N]` in the compute type"""
+    """L times keys and values `[B, K, T, N]`"""
     segments: Array
     """int32 `[B, T]`: 1 where a token stands, 0 where nothing does (the padding of a prompt, slots to come)"""
     positions: Array
@@ -44,9 +44,13 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """Room for `slots` tokens a row."""
-    shape = (batch, slots, config.kv_heads, config.head_size)
-    kind = precision.dtype(config.compute)
+    """Room for `slots` tokens a row, in the compute type; in float32 on the CPU.
+
+    The CPU's batched products take float32 only: of a bf16 cache they would make a float32 copy at every step, which
+    takes four times as long as the products themselves.
+    """
+    shape = (batch, config.kv_heads, slots, config.head_size)
+    kind = precision.dtype("float32" if jax.default_backend() == "cpu" else config.compute)
     layers = tuple(Layer(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in range(config.layers))
     nothing = jnp.zeros((batch, slots), jnp.int32)
     return Cache(layers, nothing, nothing, jnp.int32(0))

@@ -96,7 +96,7 @@ def start(
     assert cache is not None
     # Only the last token's logits are made: [B, V], not [B, P, V].
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2))
+    widen = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim // 2) + ((0, room),) + ((0, 0),) * (x.ndim // 2 - 1))
     cache = cache._replace(
         layers=jax.tree.map(widen, cache.layers), segments=widen(cache.segments), positions=widen(cache.positions)
     )
@@ -173,7 +173,7 @@ def _draw(state: State, logits: Float32[Array, "B V"], stops: Int32[Array, "N"],
 
 def _pin(state: State) -> State:
     """Fixes where the state lies: the cache over rows and heads; results whole, so that every process can read them."""
-    heads = lambda x: constrain(x, "batch", None, "activation_heads", None)
+    heads = lambda x: constrain(x, "batch", "activation_heads", None, None)
     rows = lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1))
     whole = lambda x: constrain(x, *(None,) * x.ndim)
     return State(

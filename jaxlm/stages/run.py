@@ -55,8 +55,8 @@ def _replace_references(value: Any, folders: dict[str, str]) -> Any:
             known = ", ".join(folders) or "none"
             raise ConfigError("path", f"{value!r} names no earlier stage of this run; earlier ones: {known}")
         return folders[name] + slash + rest
-    if isinstance(value, tuple):
-        return tuple(_replace_references(item, folders) for item in value)
+    if isinstance(value, tuple):  # of parts with paths; strings in tuples are texts, such as prompts
+        return tuple(item if isinstance(item, str) else _replace_references(item, folders) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         new: dict[str, Any] = {}
         for field in dataclasses.fields(value):

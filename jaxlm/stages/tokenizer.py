@@ -6,7 +6,9 @@ Time: for 8192 tokens and 4 MB of text on 2 cores, BPE takes 3 seconds and unigr
 (or byte_tokenizer.json) and manifest.json, whose facts hold the bytes of UTF-8 that a token stands for, on both splits.
 """
 
+import hashlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -19,7 +21,7 @@ from jaxlm.tokenizer.byte import ByteTokenizer
 from jaxlm.tokenizer.config import BASIC_TOKENS, TokenizerConfig
 from jaxlm.tokenizer.sentencepiece import SentencePieceTokenizer
 from jaxlm.tokenizer.tokenizer import KINDS, Tokenizer, load, save
-from jaxlm.tokenizer.train import sample, train
+from jaxlm.tokenizer.train import train
 
 Config = TokenizerConfig
 
@@ -86,6 +88,17 @@ def main(config: TokenizerConfig) -> dict[str, Any]:
         workdir, "tokenizer", contents=contents, inputs=read_from, config=configs.identity(config), facts=facts
     )
     return summary
+
+
+def sample(source: Iterable[documents.Document], total_bytes: int, sample_bytes: int, seed: int) -> list[str]:
+    """Texts of about `sample_bytes` in all, each chosen by a hash of the seed and its id."""
+    limit = min(1.0, sample_bytes / max(1, total_bytes)) * 2**64
+
+    def chosen(document: documents.Document) -> bool:
+        digest = hashlib.blake2b(f"{seed} {document.id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < limit
+
+    return [document.text for document in source if chosen(document)]
 
 
 def _measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:

@@ -1,29 +1,16 @@
 """Trains a sentencepiece model that gives every text back as it was."""
 
-import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import sentencepiece
 
 from jaxlm.base.errors import ConfigError, UserError
-from jaxlm.text.documents import Document
 from jaxlm.tokenizer.config import BASIC_TOKENS, TokenizerConfig
 
 _UNKNOWN = "\u2585"  # sentencepiece's trainer leaves out every text with this character, which it uses itself
 THREADS = 16  # fixed, because the unigram trainer's sums depend on it; the number of cores must not
-
-
-def sample(documents: Iterable[Document], total_bytes: int, sample_bytes: int, seed: int) -> list[str]:
-    """Texts of about `sample_bytes` in all, each chosen by a hash of the seed and its id."""
-    limit = min(1.0, sample_bytes / max(1, total_bytes)) * 2**64
-
-    def chosen(document: Document) -> bool:
-        digest = hashlib.blake2b(f"{seed} {document.id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < limit
-
-    return [document.text for document in documents if chosen(document)]
 
 
 def train(texts: Sequence[str], config: TokenizerConfig) -> bytes:

@@ -100,7 +100,7 @@ def test_attention_by_hand():
     random = np.random.default_rng(0)
     q, k, v = (random.normal(size=(1, 3, n, 4)).astype(np.float32) for n in (4, 2, 2))
     mask = np.tril(np.ones((1, 3, 3), bool))
-    got = plain_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask), 0.0)
+    got = plain_attention(*(jnp.asarray(x) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)), 0.0)
     for head in range(4):
         scores = q[0, :, head] @ k[0, :, head // 2].T / 2.0
         scores = np.where(mask[0], scores, -np.inf)

@@ -26,7 +26,7 @@ def test_wsd_is_flat_until_the_last_fifth():
 
 
 def test_cosine_is_halfway_in_the_middle():
-    got = rates(kind="cosine", steps=111)
+    got = rates(kind="cosine", steps=112)
     np.testing.assert_allclose(got[60], (2.0 + 0.2) / 2, rtol=1e-5)
 
 
