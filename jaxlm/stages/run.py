@@ -142,6 +142,6 @@ def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any]
     for sample in samples[-1:]:
         for line in (Path(sample.workdir) / "completions.jsonl").read_text("utf-8").splitlines()[:3]:
             record = json.loads(line)
-            logging.console.print(f"[bold]{record['prompt']}[/]", end="", markup=False)
+            logging.console.print(record["prompt"], style="bold", end="", markup=False)
             logging.console.print(record["text"], style="cyan", markup=False)
             logging.console.print()
