@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.base import precision
-from jaxlm.base.arrays import Array, Bool, Float, Float32, Int
+from jaxlm.base.arrays import Array, Bool, Float, Int
 from jaxlm.base.sharding import constrain, spec
 from jaxlm.model.config import Attention, ModelConfig
-from jaxlm.model.layers import RMSNorm, rotate
+from jaxlm.model.layers import RMSNorm, Rotation, rotate
 from jaxlm.model.weights import Normal, weight
 
 # Below the smallest score that a float32 softmax tells from nothing; finite, so that a row of padding has no NaN.
@@ -18,10 +18,12 @@ MASKED = -2.0e38
 
 
 class Layer(NamedTuple):
-    """What a layer's keys and values were in the past: `[B, K, T, N]` each, a head's in one piece of memory."""
+    """What a layer's keys and values were in the past, each as its product takes it without turning it."""
 
     key: Array
+    """`[B, K, N, T]`"""
     value: Array
+    """`[B, K, T, N]`"""
 
 
 class Place(NamedTuple):
@@ -58,21 +60,25 @@ def visible(place: Place, window: int) -> Bool[Array, "B S T"]:
 
 def plain_attention(
     q: Float[Array, "B S H N"],
-    k: Float[Array, "B K T N"],
+    k: Float[Array, "B K N T"],
     v: Float[Array, "B K T N"],
     mask: Bool[Array, "B S T"],
     soft_cap: float,
 ) -> Float[Array, "B S H N"]:
     """softmax(q k / sqrt(N)) v, softmax in float32; query head h reads key head h // G."""
     B, S, H, N = q.shape
-    K = k.shape[1]
-    grouped = q.reshape(B, S, K, H // K, N).astype(k.dtype)
-    scores = precision.product("bskgn,bktn->bkgst", grouped, k) * N**-0.5
+    K, T = v.shape[1:3]
+    G = H // K
+    # A key head's G queries lie one after the other: every product is then one of plain matrices, `[G*S, N]`.
+    grouped = q.reshape(B, S, K, G, N).transpose(0, 2, 3, 1, 4).reshape(B, K, G * S, N).astype(k.dtype)
+    scores = precision.product(grouped, k) * N**-0.5
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return precision.product("bkgst,bktn->bskgn", probabilities, v).reshape(B, S, H, N).astype(q.dtype)
+    scores = jnp.where(mask[:, None, None, :, :], scores.reshape(B, K, G, S, T), MASKED).reshape(B, K, G * S, T)
+    # The softmax's division comes after the product, on [.., N] instead of [.., T], and so does its gradient's sum.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = precision.product(weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+    return mixed.reshape(B, K, G, S, N).transpose(0, 3, 1, 2, 4).reshape(B, S, H, N).astype(q.dtype)
 
 
 def splash_attention(
@@ -129,7 +135,7 @@ class SelfAttention(nnx.Module):
         self.window = config.window if kind == "local" else 0
 
     def __call__(
-        self, x: Float[Array, "B S D"], angles: Float32[Array, "B S half"], place: Place, past: Layer | None
+        self, x: Float[Array, "B S D"], rotation: Rotation, place: Place, past: Layer | None
     ) -> tuple[Float[Array, "B S D"], Layer | None]:
         c = self.config
         B, S, _ = x.shape
@@ -138,17 +144,17 @@ class SelfAttention(nnx.Module):
         v = precision.matmul(x, self.value[...], c.compute).reshape(B, S, c.kv_heads, c.head_size)
         if c.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         q = constrain(q, "batch", "sequence", "activation_heads", None)
         k = constrain(k, "batch", "sequence", "activation_heads", None)
         v = constrain(v, "batch", "sequence", "activation_heads", None)
         if c.attention == "splash" and past is None:
             out = splash_attention(q, k, v, place.query_segments, self.window, c.attention_soft_cap)
         else:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            k, v = precision.swapped(k.swapaxes(1, 2)), precision.held(v.swapaxes(1, 2))
             if past is not None:
                 assert place.slot is not None
-                k = jax.lax.dynamic_update_slice_in_dim(past.key, k.astype(past.key.dtype), place.slot, 2)
+                k = jax.lax.dynamic_update_slice_in_dim(past.key, k.astype(past.key.dtype), place.slot, 3)
                 v = jax.lax.dynamic_update_slice_in_dim(past.value, v.astype(past.value.dtype), place.slot, 2)
                 past = Layer(k, v)
             out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap)

@@ -1,11 +1,13 @@
 """The parts of a transformer block: RMSNorm, rotary positions, the gated MLP."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.base import precision
-from jaxlm.base.arrays import Array, Float, Float32, Int
+from jaxlm.base.arrays import Array, Float, Int
 from jaxlm.base.sharding import constrain
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.weights import Constant, Normal, weight
@@ -27,15 +29,27 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
 
 
-def rotary_angles(positions: Int[Array, "B S"], size: int, base: float) -> Float32[Array, "B S half"]:
-    """Angles of the rotary embedding: position * base^(-2i/N); arXiv:2104.09864."""
+class Rotation(NamedTuple):
+    """Cosine and sine of each position's rotary angles, float32 `[B, S, N/2]`."""
+
+    cos: Array
+    sin: Array
+
+
+def rotary(positions: Int[Array, "B S"], limit: int, size: int, base: float) -> Rotation:
+    """The rotary embedding's angles, position * base^(-2i/N), of positions below `limit`; arXiv:2104.09864.
+
+    Looked up in a table of all positions: computed in place, XLA's CPU path would fuse the sines into every layer's
+    rotation and take them anew for every head, a tenth of a training step.
+    """
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    return positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    angles = jnp.arange(limit, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    return Rotation(jnp.cos(angles)[positions], jnp.sin(angles)[positions])
 
 
-def rotate(x: Float[Array, "B S H N"], angles: Float32[Array, "B S half"]) -> Float[Array, "B S H N"]:
-    """Turns the pairs (x[i], x[i + N/2]) by the angles, in float32 (the pairing of Llama's checkpoints)."""
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+def rotate(x: Float[Array, "B S H N"], rotation: Rotation) -> Float[Array, "B S H N"]:
+    """Turns the pairs (x[i], x[i + N/2]) by their angles, in float32 (the pairing of Llama's checkpoints)."""
+    cos, sin = (part[:, :, None, :] for part in rotation)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

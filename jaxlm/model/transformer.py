@@ -21,7 +21,7 @@ from jaxlm.base.arrays import Array, Float, Float32, Int
 from jaxlm.base.sharding import constrain
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import Attention, ModelConfig
-from jaxlm.model.layers import GatedMLP, RMSNorm, rotary_angles
+from jaxlm.model.layers import GatedMLP, RMSNorm, Rotation, rotary
 from jaxlm.model.weights import Definition, Normal, apply, define, number, weight
 
 REMAT_POLICIES = {
@@ -34,7 +34,7 @@ class Cache(NamedTuple):
     """Keys and values of all that was read so far; every row writes at the same slot, masks go by position."""
 
     layers: tuple[Layer, ...]
-    """L times keys and values `[B, K, T, N]`"""
+    """L times keys `[B, K, N, T]` and values `[B, K, T, N]`"""
     segments: Array
     """int32 `[B, T]`: 1 where a token stands, 0 where nothing does (the padding of a prompt, slots to come)"""
     positions: Array
@@ -49,11 +49,22 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     The CPU's batched products take float32 only: of a bf16 cache they would make a float32 copy at every step, which
     takes four times as long as the products themselves.
     """
-    shape = (batch, config.kv_heads, slots, config.head_size)
+    keys, values = (batch, config.kv_heads, config.head_size, slots), (batch, config.kv_heads, slots, config.head_size)
     kind = precision.dtype("float32" if jax.default_backend() == "cpu" else config.compute)
-    layers = tuple(Layer(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in range(config.layers))
+    layers = tuple(Layer(jnp.zeros(keys, kind), jnp.zeros(values, kind)) for _ in range(config.layers))
     nothing = jnp.zeros((batch, slots), jnp.int32)
     return Cache(layers, nothing, nothing, jnp.int32(0))
+
+
+def widened(cache: Cache, room: int) -> Cache:
+    """The cache with `room` more empty slots."""
+    pad = lambda x, axis: jnp.pad(x, [(0, room if axis == i else 0) for i in range(x.ndim)])
+    return Cache(
+        tuple(Layer(pad(layer.key, 3), pad(layer.value, 2)) for layer in cache.layers),
+        pad(cache.segments, 1),
+        pad(cache.positions, 1),
+        cache.slot,
+    )
 
 
 class Block(nnx.Module):
@@ -66,9 +77,9 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config)
 
     def __call__(
-        self, x: Float[Array, "B S D"], angles: Float32[Array, "B S half"], place: Place, past: Layer | None = None
+        self, x: Float[Array, "B S D"], rotation: Rotation, place: Place, past: Layer | None = None
     ) -> tuple[Float[Array, "B S D"], Layer | None]:
-        mixed, past = self.attention(self.attention_norm(x), angles, place, past)
+        mixed, past = self.attention(self.attention_norm(x), rotation, place, past)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", "sequence", None), past
@@ -116,10 +127,12 @@ class Transformer(nnx.Module):
         """
         c = self.config
         x = self.embed(ids)
-        angles = rotary_angles(positions, c.head_size, c.rope_base)
+        # No position lies past the row's end: it is the index within a segment.
+        limit = ids.shape[1] if cache is None else cache.segments.shape[1]
+        rotation = rotary(positions, limit, c.head_size, c.rope_base)
         if cache is None:
             place = Place(segments, positions, segments, positions)
-            return self.final_norm(self._run(x, angles, place)), None
+            return self.final_norm(self._run(x, rotation, place)), None
         if c.scan_layers:
             raise ValueError("a cache needs unrolled layers (see model/layout.py): a scan would copy it every step")
         cache = cache._replace(
@@ -129,7 +142,7 @@ class Transformer(nnx.Module):
         place = Place(segments, positions, cache.segments, cache.positions, cache.slot)
         layers = []
         for index in range(c.layers):
-            x, layer = self.layers[str(index)](x, angles, place, cache.layers[index])
+            x, layer = self.layers[str(index)](x, rotation, place, cache.layers[index])
             layers.append(layer)
         return self.final_norm(x), cache._replace(layers=tuple(layers), slot=cache.slot + ids.shape[1])
 
@@ -142,25 +155,25 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         return constrain(x, "batch", "sequence", None)
 
-    def _run(self, x: Array, angles: Array, place: Place) -> Array:
+    def _run(self, x: Array, rotation: Rotation, place: Place) -> Array:
         """All blocks without a cache: a scan over the stacked groups, then the tail."""
         policy = REMAT_POLICIES.get(self.config.remat)
         remat = (lambda f: jax.checkpoint(f, policy=policy)) if policy else (lambda f: f)
         if not self.config.scan_layers:
             for index in range(self.config.layers):
-                x = remat(lambda x, block: block(x, angles, place)[0])(x, self.layers[str(index)])
+                x = remat(lambda x, block: block(x, rotation, place)[0])(x, self.layers[str(index)])
             return x
 
         def group(x: Array, layers: dict[str, Any]) -> tuple[Array, None]:
             for position, block in enumerate(self.group):
-                x = apply(block, layers[str(position)], lambda m, x=x: m(x, angles, place)[0])
+                x = apply(block, layers[str(position)], lambda m, x=x: m(x, rotation, place)[0])
             return x, None
 
         if len(self.stack):
             stacked = nnx.to_pure_dict(nnx.split(self.stack)[1])
             x, _ = jax.lax.scan(remat(group), x, stacked)
         for block in self.tail.values():
-            x = remat(lambda x, block: block(x, angles, place)[0])(x, block)
+            x = remat(lambda x, block: block(x, rotation, place)[0])(x, block)
         return x
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:

@@ -19,7 +19,7 @@ from jaxlm.base.sharding import constrain, spec
 from jaxlm.model import layout
 from jaxlm.model.attention import Layer
 from jaxlm.model.config import ModelConfig
-from jaxlm.model.transformer import Cache, empty_cache, for_inference
+from jaxlm.model.transformer import Cache, empty_cache, for_inference, widened
 from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.distribution import Settings, draw, process
 
@@ -96,10 +96,6 @@ def start(
     assert cache is not None
     # Only the last token's logits are made: [B, V], not [B, P, V].
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    widen = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim // 2) + ((0, room),) + ((0, 0),) * (x.ndim // 2 - 1))
-    cache = cache._replace(
-        layers=jax.tree.map(widen, cache.layers), segments=widen(cache.segments), positions=widen(cache.positions)
-    )
     name = lambda prompt, sample: rng.key(prompts.seed, "sample", prompts.step, prompt, sample)
     seen = None
     if settings.repetition_penalty is not None:
@@ -108,7 +104,7 @@ def start(
             True, mode="drop"
         )
     state = State(
-        cache=cache,
+        cache=widened(cache, room),
         lengths=jnp.asarray(prompts.lengths),
         keys=jax.vmap(name)(prompts.prompt_ids, prompts.samples),
         seen=seen,

@@ -20,7 +20,7 @@ class TokenSums(NamedTuple):
     squared_normalizer: Array
     """log²(Σ exp(logits)): what z-loss keeps small (arXiv:2204.02311, section 5)"""
     correct: Array
-    """targets that are the most likely token"""
+    """targets that no other token exceeds"""
     targets: Array
     """how many were counted"""
 
@@ -37,22 +37,35 @@ def targets_of(ids: Int[Array, "B S"], loss_mask: Bool[Array, "B S"]) -> tuple[I
 
 def token_sums(logits: Float32[Array, "N V"], targets: Int[Array, "N"], counted: Bool[Array, "N"]) -> TokenSums:
     """Cross-entropy sums over the `counted` of N positions."""
-    losses, normalizer = token_losses(logits, targets)
-    correct = jnp.argmax(logits, axis=-1) == targets
+    each = token_losses(logits, targets)
     total = lambda x: jnp.sum(jnp.where(counted, x, 0.0))
     return TokenSums(
-        total(losses), total(normalizer * normalizer), total(correct.astype(jnp.float32)), total(jnp.float32(1))
+        total(each.loss),
+        total(each.normalizer * each.normalizer),
+        total(each.correct.astype(jnp.float32)),
+        total(jnp.float32(1)),
     )
 
 
-def token_losses(logits: Float32[Array, "N V"], targets: Int[Array, "N"]) -> tuple[Array, Array]:
-    """-log p(target) and the log-normaliser of each position, `[N]` each.
+class TokenLosses(NamedTuple):
+    """Of each position, `[N]`: -log p(target) and log Σ exp(logits) in nats; whether no token exceeds the target."""
 
-    The target's logit is picked by comparing with an iota: a gather's gradient would be a scatter into [N, V].
+    loss: Array
+    normalizer: Array
+    correct: Array
+
+
+def token_losses(logits: Float32[Array, "N V"], targets: Int[Array, "N"]) -> TokenLosses:
+    """Cross-entropy position by position.
+
+    The target's logit is picked by comparing with an iota: a gather's gradient would be a scatter into [N, V]. To find
+    it correct, its logit is compared with the highest: an argmax costs as much as the softmax on a CPU.
     """
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
-    return normalizer - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1), normalizer
+    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+    return TokenLosses(normalizer - picked, normalizer, jax.lax.stop_gradient(picked) >= highest)
 
 
 def as_metrics(sums: TokenSums) -> dict[str, Mean]:
