@@ -16,19 +16,23 @@ from jaxlm.tokenizer.config import TokenizerConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
 
 TRAIN = """
-pydoc_data.topics abc argparse array ast asyncio asyncio.events base64 bdb builtins bz2 cmath cmd code codecs
-collections compileall concurrent.futures configparser contextlib copy csv ctypes dataclasses datetime decimal dis
-doctest email.message enum fileinput fractions ftplib functools gc getopt graphlib hashlib heapq http.client
-http.cookiejar imaplib inspect io itertools locale logging logging.handlers lzma mailbox math mimetypes
-multiprocessing numbers operator optparse os pathlib pdb pickle pkgutil platform poplib queue random re sched secrets
-select shelve site smtplib socket socketserver sqlite3 ssl string struct subprocess symtable sys tarfile tempfile
-threading time timeit tokenize types typing unicodedata unittest.mock urllib.request uuid venv warnings wave weakref
-xml.dom.minidom xml.etree.ElementTree zipfile zipimport numpy numpy.char numpy.fft numpy.linalg numpy.ma
-numpy.polynomial.polynomial numpy.polynomial.chebyshev numpy.random numpy.testing jax jax.numpy jax.numpy.fft jax.lax
-jax.nn jax.profiler jax.scipy.signal jax.scipy.special jax.sharding jax.tree_util flax.core flax.linen flax.nnx optax
-optax.contrib orbax.checkpoint grain matplotlib.artist matplotlib.axes matplotlib.colors matplotlib.patches
-matplotlib.ticker matplotlib.transforms rich.console rich.progress jinja2 absl.flags tokenizers tensorboardX
-http.server ipaddress traceback xml.sax.handler flax.traverse_util rich.table
+pydoc_data.topics abc argparse array ast asyncio asyncio.base_events asyncio.events asyncio.locks asyncio.queues
+asyncio.streams asyncio.tasks base64 bdb binascii builtins bz2 cmath cmd code codecs codeop collections compileall
+concurrent.futures concurrent.futures.process configparser contextlib copy csv ctypes dataclasses datetime dbm decimal
+dis doctest email.generator email.header email.headerregistry email.message email.policy email.utils enum filecmp
+fileinput fractions ftplib functools gc getopt graphlib hashlib heapq hmac http.client http.cookiejar http.cookies
+http.server imaplib importlib.abc importlib.metadata importlib.resources inspect io ipaddress itertools locale logging
+logging.config logging.handlers lzma mailbox math mimetypes multiprocessing multiprocessing.managers
+multiprocessing.shared_memory numbers operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib
+poplib profile pstats py_compile pyclbr queue random re rlcompleter runpy sched secrets select selectors shelve signal
+site smtplib socket socketserver sqlite3 ssl string struct subprocess symtable sys sysconfig tarfile tempfile
+threading time timeit tokenize trace traceback types typing unicodedata unittest unittest.loader unittest.mock
+urllib.request uuid venv warnings wave weakref wsgiref.handlers xml.dom xml.dom.minidom xml.etree.ElementTree xml.sax
+xml.sax.handler xmlrpc.client xmlrpc.server zipfile zipimport zlib numpy numpy.fft numpy.linalg
+numpy.polynomial.chebyshev numpy.polynomial.polynomial numpy.random numpy.testing jax jax.lax jax.nn jax.numpy
+jax.numpy.fft jax.profiler jax.scipy.signal jax.scipy.special jax.sharding jax.tree_util flax.core flax.linen flax.nnx
+flax.traverse_util optax optax.contrib orbax.checkpoint grain matplotlib.colors matplotlib.ticker rich.console
+rich.progress rich.table jinja2 absl.flags tokenizers tensorboardX
 """.split()
 HELDOUT = """
 calendar difflib json shutil statistics textwrap urllib.parse numpy.lib.stride_tricks jax.tree optax.losses

@@ -148,8 +148,18 @@ def run(name: str, config: configs.StageConfig) -> None:
         logging.start(config.workdir if jax.process_index() == 0 else None)
     elif name != "run":  # `run` decides stage by stage
         prepare_workdir(config)
+        refuse_other_inputs(name, config)
         logging.start(config.workdir)
     load_stage(name).main(config)
+
+
+def refuse_other_inputs(name: str, config: configs.StageConfig) -> None:
+    """A finished stage is not done again in place from other inputs: what was made from its results would not fit."""
+    from jaxlm.base import manifest
+
+    if (Path(config.workdir) / "manifest.json").exists():
+        known = manifest.read(config.workdir).inputs
+        manifest.refuse_other_inputs(config.workdir, known, load_stage(name).inputs(config))
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,8 @@ so every `__post_init__` sees final values:
     4
 
 Fields named in a class's `runtime_fields` may differ between a run and its continuation (mesh, logging): they are
-no part of the run's identity. Standard library only: help and config errors must not wait for jax.
+no part of the run's identity. So are paths of other stages' results: what counts is the hash of their content.
+Standard library only: help and config errors must not wait for jax.
 """
 
 import ast
@@ -36,7 +37,7 @@ class StageConfig:
     """What every stage's config has."""
 
     stage: ClassVar[str]
-    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir",)
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name")
 
     name: str = ""
     """Name of this stage within a `run`; the stage's own name when empty."""

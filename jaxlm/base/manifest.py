@@ -104,14 +104,24 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
 def keep_inputs(folder: epath.PathLike, inputs: Mapping[str, str]) -> None:
     """Notes what a run began with; a continuation with other inputs is refused by name."""
     path = epath.Path(folder) / "inputs.json"
-    known = files.read_json(path) if path.exists() else {}
-    changed = [name for name, digest in inputs.items() if known.get(name, digest) != digest]
-    if changed:
+    if path.exists():
+        refuse_other_inputs(folder, files.read_json(path), inputs)
+    files.write_json(path, dict(inputs))
+
+
+def refuse_other_inputs(folder: epath.PathLike, known: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+    """Raises UserError when `inputs` differ in content from those that `folder` was made from."""
+    if not same_inputs(known, inputs):
+        changed = [name for name, digest in inputs.items() if digest not in known.values()] or [*inputs]
         raise UserError(
-            f"{folder}: this run began with another content of {', '.join(changed)}; "
+            f"{folder}: began with another content of {', '.join(changed)}; "
             "use another --workdir, or bring the old content back"
         )
-    files.write_json(path, dict(inputs))
+
+
+def same_inputs(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Whether both name the same contents in the same order, wherever these lie."""
+    return list(a.values()) == list(b.values())
 
 
 def verify(folder: epath.PathLike, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ class PackConfig(StageConfig):
     """From documents and a tokenizer to rows of tokens."""
 
     stage: ClassVar[str] = "pack"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "documents", "tokenizer")
 
     documents: str
     """A prepare stage's folder."""
@@ -45,10 +46,12 @@ class PackConfig(StageConfig):
 class MixtureSource:
     """Packed rows and their share of the batches."""
 
+    runtime_fields: ClassVar[tuple[str, ...]] = ("path",)
+
     path: str
     """A pack stage's folder."""
     weight: float = 1.0
-    """Rows drawn from here, in proportion to the other sources' weights; 0: none for now."""
+    """Rows drawn from here, in proportion to the other sources' weights; 0 leaves it out."""
     name: str = ""
     """By which --config.data.NAME.weight reaches it."""
 

@@ -11,7 +11,7 @@ class EvaluateConfig(StageConfig):
     """Bits per byte, loss and accuracy of a model on held-out rows and on texts."""
 
     stage: ClassVar[str] = "evaluate"
-    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "batch_rows", "mesh")
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "rows", "documents", "batch_rows", "mesh")
 
     model: str = ""
     """Model directory, or a run's folder with one in it."""

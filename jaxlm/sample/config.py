@@ -56,7 +56,7 @@ class SampleConfig(StageConfig):
     """Completions of prompts by a model."""
 
     stage: ClassVar[str] = "sample"
-    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "mesh")
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "prompts_file", "mesh")
 
     model: str = ""
     """Model directory, or a run's folder with one in it."""

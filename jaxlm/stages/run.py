@@ -81,9 +81,10 @@ def state_of(config: StageConfig) -> State:
         return "another config"
     inputs = load_stage(config.stage).inputs(config)
     if (folder / "manifest.json").exists():
-        return "done" if manifest.read(folder).inputs == inputs else "other inputs"
+        return "done" if manifest.same_inputs(manifest.read(folder).inputs, inputs) else "other inputs"
     begun = folder / "inputs.json"
-    return "other inputs" if begun.exists() and files.read_json(begun) != inputs else "unfinished"
+    other = begun.exists() and not manifest.same_inputs(files.read_json(begun), inputs)
+    return "other inputs" if other else "unfinished"
 
 
 def move_aside(folder: Path) -> Path:

@@ -14,6 +14,7 @@ class TokenizerConfig(StageConfig):
     """From documents to a vocabulary."""
 
     stage: ClassVar[str] = "tokenizer"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "documents", "path")
 
     documents: str
     """A prepare stage's folder: it is trained on the train documents, and measured on both splits."""

@@ -163,7 +163,8 @@ class LoopConfig:
             f"got {self.evaluate_every_steps}; 1 or more is needed",
         )
         check(
-            len(self.profile_steps) in (0, 2),
+            not self.profile_steps
+            or (len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]),
             "profile_steps",
             f"got {self.profile_steps}; FIRST,LAST or nothing is needed",
         )

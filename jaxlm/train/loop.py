@@ -132,6 +132,7 @@ class _Run:
         self.pending: tuple[int, dict[str, metrics.Mean]] | None = None
         """A step's metrics, still on the devices: read one interval late, so that the loop never waits for them."""
         self.skipped = 0
+        self.tracing = False
 
     def steps(self, state: Any, step: int, last: int, stop: Stop) -> Outcome:
         """From `step` to `last`, or to where a signal or the plateau ends it."""
@@ -196,6 +197,8 @@ class _Run:
 
     def _evaluate(self, state: Any, step: int, log: bool = True) -> bool:
         """Held-out figures of the parameters, and of their average; True when the plateau rule says to stop."""
+        if log:
+            self._log()  # before evaluating, whose time is none of the steps'
         self.watchdog.enter("eval")
         found = self._heldout_sums(state.params)
         if not found:
@@ -207,7 +210,6 @@ class _Run:
                 self.evaluation[f"eval/ema_{name}"] = average[f"eval/{name}"]
         if not log:
             return False
-        self._log()
         self.writer.write(step, step * self.task.tokens_per_step, self.evaluation)
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in self.evaluation.items())
         logger.info("step %d held out: %s", step, shown)
@@ -246,12 +248,17 @@ class _Run:
 
     def _profile(self, step: int) -> None:
         """Starts and ends a profiler trace at the configured steps (1 is the first)."""
-        if self.config.profile_steps:
-            begin, end = self.config.profile_steps
-            if step + 1 == begin:
-                jax.profiler.start_trace(f"{self.workdir}/tensorboard")
-            elif step == end:
-                jax.profiler.stop_trace()
+        if self.tracing and step == self.config.profile_steps[1]:
+            self._end_trace()
+        if self.config.profile_steps and step + 1 == self.config.profile_steps[0]:
+            jax.profiler.start_trace(f"{self.workdir}/tensorboard")
+            self.tracing = True
+
+    def _end_trace(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+            self.tracing = False
+            logger.info("profiler trace of steps %d to %d in %s/tensorboard", *self.config.profile_steps, self.workdir)
 
     def _close(self, step: int) -> int | None:
         """Ends what is under way; returns the newest step that is safely on disk."""
@@ -260,8 +267,7 @@ class _Run:
         saved = self.checkpoints.wait()
         if saved != step:
             logger.error("step %d could not be saved; the newest checkpoint is step %s", step, saved)
-        if self.config.profile_steps and self.config.profile_steps[0] <= step <= self.config.profile_steps[1]:
-            jax.profiler.stop_trace()
+        self._end_trace()
         return saved
 
 

@@ -1,0 +1,167 @@
+"""Whole pretraining runs of a tiny model: what the loop stops for, writes and refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlm
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.data.config import MixtureSource
+from jaxlm.model.config import ModelConfig
+from jaxlm.stages import pretrain
+from jaxlm.stages.config import PretrainConfig
+from jaxlm.train.config import (
+    CheckpointConfig,
+    LoopConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    ScheduleConfig,
+    WatchdogConfig,
+)
+
+
+@pytest.fixture
+def config(packed_rows, tmp_path) -> PretrainConfig:
+    return PretrainConfig(
+        workdir=str(tmp_path / "run"),
+        data=(MixtureSource(path=packed_rows),),
+        model=ModelConfig(vocab_size=288, layers=1, width=16, heads=2, compute="float32"),
+        batch_rows=8,
+        steps=12,
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=2),
+        loop=LoopConfig(log_every_steps=1, evaluate_every_steps=3, checkpoint=CheckpointConfig(every_steps=3)),
+    )
+
+
+def lines(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stops_when_the_error_has_stopped_falling_and_stays_stopped(config):
+    # "Falling" is asked to mean 90 % a look: the third evaluation ends it.
+    plateau = PlateauConfig(evaluations=2, least_improvement=0.9)
+    config = dataclasses.replace(config, plateau=plateau)
+    pretrain.main(config)
+    evaluated = [line["step"] for line in lines(config) if "eval/loss" in line]
+    assert evaluated == [3, 6, 9]
+    assert max(line["step"] for line in lines(config)) == 9
+    before = lines(config)
+    pretrain.main(config)
+    assert lines(config) == before
+    model = jaxlm.load(config.workdir)
+    assert json.loads((Path(config.workdir) / "manifest.json").read_text())["facts"]["steps"] == 9
+    assert model.config.layers == 1
+
+
+def test_the_average_is_measured_and_becomes_the_model(config):
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(ema=0.5))
+    pretrain.main(config)
+    last = [line for line in lines(config) if "eval/loss" in line][-1]
+    assert last["eval/ema_loss"] != last["eval/loss"]
+    texts = ["the cat sees a dog", "the large bird follows the small cat"]
+    averaged = jaxlm.load(config.workdir)
+    without = dataclasses.replace(config, optimizer=OptimizerConfig(), workdir=config.workdir + "-plain")
+    pretrain.main(without)
+    plain = jaxlm.load(without.workdir)
+    assert not np.array_equal(averaged.params["embedding"], plain.params["embedding"])
+    assert all(a.logprob != b.logprob for a, b in zip(averaged.score(texts), plain.score(texts), strict=True))
+
+
+def test_traces_the_chosen_steps(config):
+    config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, profile_steps=(4, 5)))
+    pretrain.main(config)
+    assert list(Path(config.workdir).glob("tensorboard/plugins/profile/*/*"))
+
+
+def test_a_run_that_starts_again_within_the_trace_does_not_end_a_trace_it_never_began(config):
+    loop = dataclasses.replace(config.loop, profile_steps=(2, 8), stop_at_step=6)
+    pretrain.main(dataclasses.replace(config, loop=loop))
+    pretrain.main(dataclasses.replace(config, loop=dataclasses.replace(loop, stop_at_step=0)))
+    assert lines(config)[-1]["step"] == 12
+
+
+def test_the_watchdog_ends_a_run_whose_data_never_comes(config, packed_rows, tmp_path):
+    """In a process of its own, for the watchdog ends the process."""
+    import subprocess
+    import sys
+
+    script = tmp_path / "hang.py"
+    script.write_text(f"""
+import sys, time
+from jaxlm.base import devices
+devices.start()
+from jaxlm.stages import pretrain
+from jaxlm.stages.config import PretrainConfig
+from jaxlm.base import config as configs
+import jaxlm.data.loader as loader
+real = loader.Loader.batches
+def hanging(self, step):
+    for number, item in enumerate(real(self, step)):
+        if number == 3:
+            time.sleep(100)
+        yield item
+loader.Loader.batches = hanging
+import json
+pretrain.main(configs.from_dict(PretrainConfig, json.loads({json.dumps(json.dumps(as_dict(config)))})))
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 76, done.stderr
+    assert "hanging" in done.stderr
+    assert [line["step"] for line in lines(config)][-1] >= 1
+
+
+def as_dict(config):
+    from jaxlm.base import config as configs
+
+    watchdog = WatchdogConfig(step_seconds=2.0)
+    return configs.to_dict(dataclasses.replace(config, loop=dataclasses.replace(config.loop, watchdog=watchdog)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"mesh": MeshConfig(data=3, fsdp=1)}, "mesh: data=3 does not divide 8 devices"),
+        ({"mesh": MeshConfig(data=1, fsdp=2, tensor=4)}, "mesh.tensor: 4 does not divide model.heads 2"),
+        ({"batch_rows": 12}, "batch_rows: 12 rows do not divide among 8 parts of the mesh"),
+        (
+            {"batch_rows": 16, "accumulate": 4},
+            "batch_rows: 16 rows do not divide among 8 parts of the mesh in 4 pieces",
+        ),
+        ({"loss_chunk_tokens": 100}, "loss_chunk_tokens: 100 does not divide the 512 of a piece"),
+        ({"row_length": 32}, "row_length: is 32, but the rows have 64 tokens"),
+        ({"model": ModelConfig(vocab_size=100, layers=1, width=16, heads=2)}, "model.vocab_size: 100 is below the tok"),
+        ({"data": ()}, "data: is empty"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_by_field(config, changed, problem):
+    assert jax.device_count() == 8
+    with pytest.raises(ConfigError) as caught:
+        pretrain.main(dataclasses.replace(config, **changed))
+    assert problem in str(caught.value)
+
+
+def test_rows_that_are_not_there_are_refused(config, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        pretrain.main(dataclasses.replace(config, data=(MixtureSource(path=str(tmp_path / "none")),)))
+
+
+def test_other_data_under_a_run_is_refused(config, packed_rows, tmp_path):
+    pretrain.main(config)
+    kept = json.loads((Path(config.workdir) / "inputs.json").read_text())
+    (Path(config.workdir) / "inputs.json").write_text(json.dumps(dict.fromkeys(kept, "0" * 64)))
+    with pytest.raises(UserError, match="began with another content"):
+        pretrain.main(config)
+
+
+def test_the_depth_dial_gives_a_whole_run(config):
+    given = dataclasses.replace(config, depth=1, batch_rows=8, steps=2, schedule=ScheduleConfig(warmup_steps=1))
+    complete = pretrain.complete(dataclasses.replace(given, model=ModelConfig(compute="float32")))
+    assert (complete.model.layers, complete.model.width, complete.model.heads) == (1, 64, 1)
+    assert complete.schedule.peak > 0
+    pretrain.main(dataclasses.replace(given, model=ModelConfig(compute="float32")))
+    assert len([line for line in lines(config) if "train/loss" in line]) == 2
