@@ -1,11 +1,11 @@
-"""A model of 8 M parameters (depth 5) on your own text files.
+"""A model of 12 M parameters (depth 5) on your own text files.
 
     python -m jaxlm run --config=configs/own_text.py --workdir=runs/mine \\
         --config.stages.prepare.sources.train.path='books/*.txt' \\
         --config.stages.prepare.sources.heldout.path='kept/*.txt'
 
-Hardware: any; time grows with `pretrain.steps`, which `depth` derives: 20 tokens a parameter.
-For a first look on a CPU, add --config.stages.pretrain.steps=300.
+Hardware: any. Batch, learning rate and steps follow from the depth, 180 M tokens in 2,700 steps: a matter of minutes on
+an accelerator. For an evening on a CPU, add --config.stages.pretrain.batch_rows=8 --config.stages.pretrain.steps=1000.
 """
 
 from jaxlm.data.config import MixtureSource, PackConfig
@@ -35,6 +35,7 @@ def get_config() -> RunConfig:
                 model=ModelConfig(qk_norm=True),
                 optimizer=OptimizerConfig(kind="muon"),
                 schedule=ScheduleConfig(kind="wsd"),
+                loss_chunk_tokens=4096,
             ),
             SampleConfig(model="@pretrain", prompts=("The ",), sampling=SamplingConfig(max_tokens=100)),
             EvaluateConfig(model="@pretrain", rows="@pack"),

@@ -1,6 +1,6 @@
 """1.2 billion parameters from scratch on your packed rows.
 
-    python -m jaxlm pretrain --config=configs/pretrain_1b.py --workdir=gs://BUCKET/base --config.data.0.path=ROWS
+    python -m jaxlm pretrain --config=configs/pretrain_1b.py --workdir=/mnt/runs/base --config.data.0.path=/mnt/rows
 
 Hardware: TPU v5e-16 (4x4) or v5p-16 (2x2x2); compiled for both by `tests/plan/test_tpu_compile.py`, not yet run on one.
 Rows: 2048 tokens with a tokenizer of at most 32,768; a batch is half a million tokens.

@@ -101,6 +101,11 @@ def make_config(name: str, path: str, workdir: str, overrides: dict[str, str]) -
     """The stage's final config: file, overrides, checks."""
     config = configs.load_config_file(path)
     cls = config_class(name)
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir: {workdir} is no folder of a file system, and metrics and logs are appended to files, which "
+            "buckets cannot do; mount the bucket on every host (gcsfuse), or use a shared disk"
+        )
     if not isinstance(config, cls):
         made_for = getattr(config, "stage", type(config).__name__)
         hint = f"; for one stage of it: run --config.only={name}" if made_for == "run" else ""
@@ -135,11 +140,16 @@ def run(name: str, config: configs.StageConfig) -> None:
     """Runs a stage in this process, or as one of several processes where the surroundings say so."""
     from jaxlm.base import devices, logging
 
-    if devices.distributed() and name not in PARALLEL:
-        raise UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
+    processes = 1
     if name in ON_DEVICES:
         devices.start()
-    if devices.distributed():
+        if devices.distributed():  # perhaps: a TPU VM can be alone
+            import jax
+
+            processes = jax.process_count()
+    if processes > 1 and name not in PARALLEL:
+        raise UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
+    if processes > 1:
         import jax
 
         from jaxlm.train.processes import from_first

@@ -68,6 +68,7 @@ def test_help_shows_fields_with_defaults_and_docs_without_jax(name):
         (["tokenizer", "--config=CONFIG", "--workdir=w", "extra"], "'extra': is not understood"),
         (["pretrain", "--config=CONFIG", "--workdir=w"], "is a config for 'tokenizer', not for 'pretrain'"),
         (["tokenizer", "--config=CONFIG", "--workdir=w"], "nowhere: does not exist"),
+        (["tokenizer", "--config=CONFIG", "--workdir=gs://b/w"], "mount the bucket on every host"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(capsys, config, tmp_path, monkeypatch, arguments, message):

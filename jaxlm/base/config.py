@@ -200,7 +200,11 @@ def parse(raw: str, hint: Any, path: str) -> Any:
         return next(o for o in options if str(o) == raw)
     if origin is tuple:
         inner = typing.get_args(hint)[0]
+        if raw.lstrip().startswith("["):
+            return tuple(parse(str(item), inner, path) for item in _json_list(raw, path))
         text = raw.strip().removeprefix("(").removesuffix(")").removesuffix(",")
+        if inner is str and raw and (not text or any(part.strip(" ") != part.strip() for part in text.split(","))):
+            raise ConfigError(path, f'got {raw!r}; write blanks and commas as a JSON list, such as ["\\n", "a, b"]')
         return tuple(parse(part.strip(), inner, path) for part in text.split(",")) if text else ()
     if hint is bool:
         if raw.lower() in ("true", "1", "false", "0"):
@@ -218,6 +222,16 @@ def parse(raw: str, hint: Any, path: str) -> Any:
     if hint is str:
         return raw
     raise ConfigError(path, f"cannot be set as a whole on the command line; set its fields: {path}.FIELD=VALUE")
+
+
+def _json_list(raw: str, path: str) -> list[Any]:
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise ConfigError(path, f"got {raw!r}, which is no JSON list: {error}") from None
+    if not isinstance(value, list):
+        raise ConfigError(path, f"got {raw!r}; a list is needed")
+    return value
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """What has to be said to jax before any device is used: simulated devices, several processes."""
 
+import glob
+import importlib.util
 import os
 
 from jaxlm.base.errors import UserError
@@ -7,19 +9,42 @@ from jaxlm.base.errors import UserError
 SEQUENTIAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
+OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
 def distributed() -> bool:
-    """Whether the surroundings say that this is one of several processes; imports no jax."""
-    environment = os.environ
-    if int(environment.get("JAX_NUM_PROCESSES", "1")) > 1:
+    """Whether the surroundings say that this is one of several processes; imports no jax.
+
+    Raises UserError when only some of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: each
+    process would take itself for the only one, and all would write into one folder.
+    """
+    missing = [name for name in OWN if not os.environ.get(name)]
+    if 0 < len(missing) < len(OWN):
+        given = " and ".join(name for name in OWN if name not in missing)
+        raise UserError(f"{given}: set without {' and '.join(missing)}; all three belong together")
+    if not missing:
+        for name in OWN[1:]:
+            if not os.environ[name].isdecimal():
+                raise UserError(f"{name}: got {os.environ[name]!r}; a whole number is needed")
+        return int(os.environ["JAX_NUM_PROCESSES"]) > 1
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         return True
-    return "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    return _tpu_vm()
+
+
+def _tpu_vm() -> bool:
+    """Whether this is a TPU VM, whose metadata server knows the other workers (there may be none)."""
+    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or os.environ.get("TPU_SKIP_MDS_QUERY"):
+        return False
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def start() -> None:
     """Joins the other processes, if there are any.
 
     On Cloud TPU the addresses come from the machine; elsewhere from JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises UserError when only some of these are set.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     import jax
 
@@ -35,9 +60,6 @@ def start() -> None:
     if "JAX_NUM_PROCESSES" not in os.environ:
         jax.distributed.initialize()
         return
-    missing = [name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if name not in os.environ]
-    if missing:
-        raise UserError(f"JAX_NUM_PROCESSES is set, but {' and '.join(missing)} is not; all three belong together")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])

@@ -20,7 +20,7 @@ NAMES = {
     "train/parameter_norm": "global norm of the parameters",
     "train/learning_rate": "the schedule's value at this step",
     "train/skipped_steps": "steps skipped so far because loss or gradient was not finite",
-    "train/tokens_per_second": "counted tokens over wall time since the last line",
+    "train/tokens_per_second": "positions of rows, padding included, over wall time since the last line",
     "train/step_seconds": "wall time a step since the last line",
     "train/mfu": "model FLOPs over the peak of the devices (a measured product's rate on CPU)",
     "train/data_wait": "share of wall time in which the loop waited for data",
@@ -39,7 +39,7 @@ class Mean(NamedTuple):
     weight: jax.Array
 
     def value(self) -> jax.Array:
-        """The mean; NaN where nothing was counted, which the loop refuses."""
+        """The mean; NaN where nothing was counted."""
         return self.sum / self.weight
 
 

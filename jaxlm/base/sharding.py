@@ -7,8 +7,10 @@
 All mesh axes are Auto: the partitioner fills in what the table does not say.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,9 +94,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch", "sequence")))
 
 
-def batch_pieces(mesh: Mesh) -> int:
-    """Into how many pieces the mesh cuts the rows of a batch."""
-    return math.prod(mesh.shape[name] for name in RULES["batch"])
+def batch_pieces(sizes: Mapping[str, int]) -> int:
+    """Into how many pieces a mesh of these axis sizes cuts the rows of a batch."""
+    return math.prod(sizes[name] for name in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -116,6 +118,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
 
 
-def global_array(sharding: NamedSharding, rows: np.ndarray, global_shape: tuple[int, ...]) -> jax.Array:
-    """A global array from this process's rows (all processes call this together)."""
-    return jax.make_array_from_process_local_data(sharding, rows, global_shape)
+@functools.cache
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a global batch's rows this process must have: those that lie, whole or in part, on its devices.
+
+    Where a row's positions or a layer's heads are divided among hosts (context, tensor), several have the same rows.
+    """
+    parts: Any = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["context"])).values()
+    return sorted({row for part in parts for row in range(*part[0].indices(rows))})
+
+
+def global_batch(mesh: Mesh, rows: np.ndarray, own: Sequence[int], global_rows: int) -> jax.Array:
+    """The global array `[global_rows, S]` from this process's `own` rows (all processes call this together)."""
+    place = {row: at for at, row in enumerate(own)}
+
+    def part(index: Any) -> np.ndarray:
+        first, end, _ = index[0].indices(global_rows)
+        return rows[place[first] : place[first] + end - first, index[1]]
+
+    return jax.make_array_from_callback((global_rows, rows.shape[1]), batch_sharding(mesh), part)
+
+
+def global_array(sharding: NamedSharding, local: np.ndarray, global_shape: tuple[int, ...]) -> jax.Array:
+    """A global array from the part of each process, which no two share (all processes call this together)."""
+    return jax.make_array_from_process_local_data(sharding, local, global_shape)

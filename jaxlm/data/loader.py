@@ -1,7 +1,7 @@
 """Batches of rows: a function of the step, the same rows on any number of hosts.
 
 Source → shuffled by seed, anew each epoch → repeated → mixed by weight → the step's `global_batch` rows, of which each
-process takes its part. Nothing is kept between steps, so a run resumes by asking for the next one.
+process takes its own. Nothing is kept between steps, so a run resumes by asking for the next one.
 """
 
 import collections
@@ -68,20 +68,19 @@ class Loader:
         global_batch: int,
         seed: int,
         history: History | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        own: Sequence[int] | None = None,
         prefetch: int = 2,
     ):
         """`sources` are (pack folder, weight). `history` says from which step on which weights hold, where they
-        changed in the course of the run; without it the sources' weights hold from step 0. `prefetch` counts batches.
+        changed in the course of the run; without it the sources' weights hold from step 0. `own`: which of a global
+        batch's rows to load; None: all. `prefetch` counts batches.
 
-        Raises ConfigError or UserError for sources that do not fit together, and for a batch that cannot be divided.
+        Raises ConfigError or UserError for sources that do not fit together.
         """
         if not sources:
             raise ConfigError("data", "is empty; at least one pack folder is needed")
-        if global_batch < 1 or global_batch % process_count:
-            problem = f"got {global_batch}; a multiple of the {process_count} processes is needed"
-            raise ConfigError("batch_rows", problem)
+        if global_batch < 1:
+            raise ConfigError("batch_rows", f"got {global_batch}; at least 1 is needed")
         self.sources = [RowSource(path, split) for path, _ in sources]
         for source in self.sources[1:]:
             _require_alike(self.sources[0], source)
@@ -92,22 +91,16 @@ class Loader:
         if self.mixture.sources != len(sources):
             raise ConfigError("history", f"has {self.mixture.sources} weights a step for {len(sources)} sources")
         self.global_batch, self.prefetch = global_batch, prefetch
-        self.process_index, self.process_count = process_index, process_count
+        self.own = range(global_batch) if own is None else own
         self._orders = [
             grain.MapDataset.source(source).shuffle(seed=zlib.crc32(f"{seed}/{number}".encode())).repeat()
             for number, source in enumerate(self.sources)
         ]
 
-    def rows_of(self, process: int) -> slice:
-        """The part of the global batch that a process loads."""
-        size = self.global_batch // self.process_count
-        return slice(process * size, (process + 1) * size)
-
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of a step, as the arrays of `Row`, each [global_batch / process_count, row_length]."""
+        """The own rows of a step, as the arrays of `Row`, each [len(own), row_length]."""
         first = step * self.global_batch
-        own = self.rows_of(self.process_index)
-        places = (self.mixture.locate(first + i) for i in range(own.start, own.stop))
+        places = (self.mixture.locate(first + row) for row in self.own)
         return _stack([cast(Row, self._orders[source][number]) for source, number in places])
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -132,22 +125,21 @@ class Loader:
 
 
 def heldout_batches(
-    source: RowSource, global_batch: int, *, process_index: int = 0, process_count: int = 1, limit: int | None = None
+    source: RowSource, global_batch: int, *, own: Sequence[int] | None = None, limit: int | None = None
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """(this process's part of a batch, the real rows of the whole batch): all rows once, in order.
+    """(the own rows of a batch, the number of real rows in the whole batch): all rows once, in order.
 
     The last batch is filled up with rows of padding, which count for nothing, so that all have one shape. `limit`
     bounds the number of batches; packed rows lie in random order, so the first ones are a fair sample.
     """
-    if global_batch < 1 or global_batch % process_count:
-        raise ConfigError("batch_rows", f"got {global_batch}; a multiple of the {process_count} processes is needed")
-    size = global_batch // process_count
+    if global_batch < 1:
+        raise ConfigError("batch_rows", f"got {global_batch}; at least 1 is needed")
     padding = rows.expand([], source.row_length, source.pad_id)
     count = math.ceil(len(source) / global_batch)
     for number in range(count if limit is None else min(count, limit)):
         first = number * global_batch
-        own = range(first + process_index * size, first + (process_index + 1) * size)
-        batch = _stack([source[index] if index < len(source) else padding for index in own])
+        indices = [first + row for row in (range(global_batch) if own is None else own)]
+        batch = _stack([source[index] if index < len(source) else padding for index in indices])
         yield batch, min(global_batch, len(source) - first)
 
 

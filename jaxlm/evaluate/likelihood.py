@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.base.logging import Progress
 from jaxlm.data import packing
 from jaxlm.data import rows as token_rows
 from jaxlm.data.rows import Piece
@@ -48,6 +49,7 @@ def measure(
     row_length: int,
     bytes_of: np.ndarray,
     batch_rows: int,
+    progress: Progress | None = None,
 ) -> dict[int, DocumentSums]:
     """Document number → its sums, over packed rows of any number of documents.
 
@@ -61,6 +63,8 @@ def measure(
             np.stack([row[name] for row in made]) for name in ("ids", "segment_ids", "positions")
         )
         scores = jax.device_get(token_scores(definition, params, ids, segments, positions))
+        if progress is not None:
+            progress.advance(len(batch))
         for number, pieces in enumerate(batch):
             start = 0
             for piece in pieces:

@@ -25,7 +25,9 @@ def find_model(path: epath.PathLike, field: str = "") -> epath.Path:
         return path
     if _is_model(path / "model"):
         return path / "model"
-    stages = [child / "model" for child in sorted(path.iterdir()) if child.is_dir() and _is_model(child / "model")]
+    # `run` keeps results of another config as NAME.outdated-1.
+    folders = (child for child in sorted(path.iterdir()) if child.is_dir() and ".outdated-" not in child.name)
+    stages = [child / "model" for child in folders if _is_model(child / "model")]
     if stages:
         return max(stages, key=lambda folder: manifest.read(folder).created)
     if (path / "config.json").exists() and not (path / "manifest.json").exists():

@@ -16,6 +16,11 @@ from jaxlm.model.weights import Normal, weight
 # Below the smallest score that a float32 softmax tells from nothing; finite, so that a row of padding has no NaN.
 MASKED = -2.0e38
 
+# The splash kernel works on blocks of so many queries and keys, the largest that divides the row; the smallest one is
+# the least that it takes, larger ones keep the matrix units busy for longer.
+SPLASH_BLOCK = 128
+SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)
+
 
 class Layer(NamedTuple):
     """What a layer's keys and values were in the past, each as its product takes it without turning it."""
@@ -98,11 +103,15 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     S, groups = q.shape[1], q.shape[2] // k.shape[2]
+    size = next(size for size in SPLASH_BLOCKS if S % size == 0)
+    blocks = kernel.BlockSizes(
+        block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size, block_kv_dq=size
+    )
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         one = masks.LocalMask((S, S), (window - 1, 0), 0) if window else masks.CausalMask((S, S))
         attend = kernel.make_splash_mqa_single_device(
-            masks.MultiHeadMask([one] * groups), attn_logits_soft_cap=soft_cap or None
+            masks.MultiHeadMask([one] * groups), block_sizes=blocks, attn_logits_soft_cap=soft_cap or None
         )
         B, _, H, N = q.shape
         grouped = (q * q.dtype.type(N**-0.5)).reshape(B, S, H // groups, groups, N).transpose(0, 2, 3, 1, 4)

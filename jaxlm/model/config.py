@@ -1,4 +1,4 @@
-"""The transformer's shape. Fields at 0 are derived (see `jaxlm/stages/config.py`, the depth dial)."""
+"""The transformer's shape. Fields at 0 are derived (see `jaxlm/train/depth.py`, the dial)."""
 
 import dataclasses
 from typing import ClassVar, Literal

@@ -10,7 +10,6 @@ compiled. Works on one device and, with sharded parameters, under `jax.set_mesh(
 
 import bisect
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -223,7 +222,7 @@ def settled(text: str, stops: Sequence[str]) -> int:
 def _batch(rows: Sequence[Row], seed: int, step: int) -> decoding.Prompts:
     """The rows, padded to their buckets; under a mesh to a number of rows that it divides."""
     mesh = jax.sharding.get_abstract_mesh()
-    pieces = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+    pieces = 1 if mesh.empty else sharding.batch_pieces(mesh.shape)
     B = -(-bucket(len(rows)) // pieces) * pieces
     P = bucket(max(len(row.prompt) for row in rows), 16)
     ids = np.zeros((B, P), np.int32)

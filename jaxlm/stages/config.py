@@ -19,7 +19,7 @@ class PretrainConfig(StageConfig):
     data: tuple[MixtureSource, ...] = ()
     """Folders of packed rows with their weights in the mixture."""
     depth: int = 0
-    """Derives all that is left at 0: model, batch, learning rate, steps. 0: give them."""
+    """Derives layers, width and heads where they are 0. Batch, learning rate and steps at 0 follow from the size."""
     model: ModelConfig = ModelConfig()
     """The transformer."""
     row_length: int = 0

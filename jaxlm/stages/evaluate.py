@@ -1,6 +1,6 @@
 """Evaluation: a model on held-out rows and on texts → bits per byte, loss, accuracy.
 
-    python -m jaxlm evaluate --config=configs/evaluate.py --workdir=runs/base/evaluate
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo --config.only=evaluate
 
 Time: a forward pass over the texts, about a third of a training step's time a token. Result: WORKDIR/results.json,
 
@@ -146,8 +146,8 @@ def _source(pattern: str, text_field: str) -> SourceConfig:
 def _measure(config: EvaluateConfig, lm: LanguageModel, rows: Iterator[list[Piece]], row_length: int) -> dict[str, Any]:
     mesh = lm.mesh
     assert mesh is not None
-    pieces = sharding.batch_pieces(mesh)
-    with jax.set_mesh(mesh):
+    pieces = sharding.batch_pieces(mesh.shape)
+    with jax.set_mesh(mesh), logging.progress("evaluate") as progress:
         sums = measure(
             lm.definition,
             lm.params,
@@ -155,6 +155,7 @@ def _measure(config: EvaluateConfig, lm: LanguageModel, rows: Iterator[list[Piec
             row_length=row_length,
             bytes_of=lm.tokenizer.token_bytes(),
             batch_rows=math.ceil(config.batch_rows / pieces) * pieces,
+            progress=progress,
         )
     return figures(sums)
 

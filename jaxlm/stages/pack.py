@@ -1,6 +1,6 @@
 """Rows of tokens from documents and a tokenizer.
 
-    python -m jaxlm pack --config=configs/demo.py --workdir=runs/demo/pack
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo --config.only=pack
 
 Time: 1 to 2 MB of text a second on one core, most of it the tokenizer's. Result, in WORKDIR:
 

@@ -1,6 +1,6 @@
 """Documents from raw sources: read, mended, filtered, without duplicates and without what is held out.
 
-    python -m jaxlm prepare --config=configs/demo.py --workdir=runs/demo/prepare
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo --config.only=prepare
 
 Time: about 2.5 MB of mostly ASCII text a second on one core. Result, in WORKDIR:
 

@@ -1,6 +1,6 @@
 """Pretraining: packed rows → a base model.
 
-    python -m jaxlm pretrain --config=configs/pretrain_10m.py --workdir=runs/base
+    python -m jaxlm pretrain --config=configs/pretrain_1b.py --workdir=runs/base
 
 The step is `train_step` below; the loop around it (`jaxlm/train/loop.py`) iterates, saves and logs. Results lie in
 WORKDIR: metrics.jsonl, checkpoints/, and at the end model/, which every later stage takes. The same command goes on
@@ -25,15 +25,18 @@ from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Loader, RowSource, heldout_batches
+from jaxlm.model.attention import SPLASH_BLOCK
 from jaxlm.model.transformer import apply, define_model, flops_per_token
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.depth import derive
-from jaxlm.train.loop import Task, train
+from jaxlm.train.loop import Outcome, Task, train
+from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, Shardings, TrainState, initial_state, state_shardings, with_shardings
+from jaxlm.train.watchdog import Watchdog
 
 Config = PretrainConfig
 
@@ -43,7 +46,9 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     if not config.data:
         raise ConfigError("data", "is empty; give at least one folder of packed rows")
     sizes = config.mesh.sizes(device_count)
-    pieces = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
+    pieces = sharding.batch_pieces(sizes)
+    if sizes["context"] > 1 and config.row_length % sizes["context"]:
+        raise ConfigError("mesh.context", f"{sizes['context']} does not divide rows of {config.row_length} tokens")
     tokens = config.batch_rows * config.row_length // config.accumulate
     if config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
         raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide the {tokens} of a piece")
@@ -75,6 +80,10 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         )
     if config.row_length and config.row_length != facts["row_length"]:
         raise ConfigError("row_length", f"is {config.row_length}, but the rows have {facts['row_length']} tokens")
+    if not any("heldout" in manifest.read(source.path, "rows").facts for source in config.data):
+        if config.plateau.evaluations:
+            raise ConfigError("plateau.evaluations", "needs held-out rows, and no source in data has any")
+        logger.warning("no source has held-out rows: nothing will be evaluated")
     dial = derive(
         config.depth,
         config.model,
@@ -181,6 +190,12 @@ def build(config: PretrainConfig, mesh: Mesh) -> Program:
     attention = config.model.attention
     if attention == "auto":
         attention = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
+    if attention == "splash" and config.row_length % SPLASH_BLOCK:
+        raise ConfigError(
+            "model.attention",
+            f"the splash kernel takes rows of a multiple of {SPLASH_BLOCK} tokens, these have {config.row_length}; "
+            "pack again, or set model.attention=plain",
+        )
     definition = define_model(dataclasses.replace(config.model, attention=attention))
     optimizer = optimizers.make_optimizer(config.optimizer, definition)
 
@@ -212,17 +227,20 @@ def build(config: PretrainConfig, mesh: Mesh) -> Program:
     )
 
 
-def heldout_rows(config: PretrainConfig) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the held-out batches of all sources, with the bytes that each token stands for."""
+def heldout_rows(config: PretrainConfig, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of the held-out batches of all sources, with the bytes that each token stands for.
+
+    A batch has the rows of one piece of a step: what fits in training fits in evaluation.
+    """
+    count = config.batch_rows // config.accumulate
     for source in config.data:
         if "heldout" not in manifest.read(source.path, "rows").facts:
             continue
         token_bytes = tokenizers.load(f"{source.path}/tokenizer").token_bytes()
         rows = heldout_batches(
             RowSource(source.path, "heldout"),
-            config.batch_rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            count,
+            own=sharding.own_rows(mesh, count),
             limit=config.heldout_batches or None,
         )
         for batch, _ in rows:
@@ -259,57 +277,61 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     began = time.monotonic()
     config = complete(config)
     validate(config, jax.device_count())
-    read_from = inputs(config)
-    if jax.process_index() == 0:
-        manifest.keep_inputs(config.workdir, read_from)
-    loader = Loader(
-        [(source.path, source.weight) for source in config.data],
-        "train",
-        global_batch=config.batch_rows,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     mesh = sharding.make_mesh(config.mesh)
-    announce(config, mesh)
-    outcome = train(
-        Task(
-            program=build(config, mesh),
+    with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
+        read_from = inputs(config)
+        from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
+        loader = Loader(
+            [(source.path, source.weight) for source in config.data],
+            "train",
+            global_batch=config.batch_rows,
+            seed=config.seed,
+            own=sharding.own_rows(mesh, config.batch_rows),
+        )
+        announce(config, mesh)
+        program = build(config, mesh)
+        other_layout = dataclasses.replace(config.model, scan_layers=not config.model.scan_layers)
+        task = Task(
+            program=program,
+            other_layout=build(dataclasses.replace(config, model=other_layout), mesh).abstract_state,
             model=config.model,
             steps=config.steps,
             rows=lambda step: (rows for _, rows in loader.batches(step)),
-            heldout=lambda: heldout_rows(config),
+            batch_rows=config.batch_rows,
+            heldout=lambda: heldout_rows(config, mesh),
+            heldout_rows=config.batch_rows // config.accumulate,
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
             identity={"config": files.hash_json(identity(config)), "tokenizer": loader.tokenizer_hash}
             | {f"data {number}": digest for number, digest in enumerate(read_from.values())},
             plateau=config.plateau,
-        ),
-        config.loop,
-        config.workdir,
-    )
-    bits = outcome.evaluation.get("eval/bits_per_byte")
-    summary = {
-        "seconds": time.monotonic() - began,
-        "tokens_per_second": outcome.tokens_per_second,
-        "figure": f"{bits:.3f} bits a byte held out" if bits else f"step {outcome.step}",
-    }
-    if 0 < config.loop.stop_at_step < config.steps and outcome.step == config.loop.stop_at_step:
-        logger.info("stopped at step %d, as told; without loop.stop_at_step the run goes on", outcome.step)
-        return summary
-    facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
-    with jax.set_mesh(mesh):
-        model_directory.write(
-            f"{config.workdir}/model",
-            outcome.state.ema or outcome.state.params,
-            config.model,
-            f"{config.data[0].path}/tokenizer",
-            inputs=read_from,
-            config=identity(config),
-            facts=facts,
+            # The average is what becomes the model, so it is what is best or stops falling.
+            best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
         )
-    if jax.process_index() == 0:
-        manifest.write(
-            config.workdir, "run", contents=["model"], inputs=read_from, config=identity(config), facts=facts
-        )
+        outcome = train(task, config.loop, config.workdir, watchdog)
+        bits = outcome.evaluation.get(task.best_metric)
+        summary = {
+            "seconds": time.monotonic() - began,
+            "tokens_per_second": outcome.tokens_per_second,
+            "figure": f"{bits:.3f} bits a byte held out" if bits else f"step {outcome.step}",
+        }
+        if 0 < config.loop.stop_at_step < config.steps and outcome.step == config.loop.stop_at_step:
+            logger.info("stopped at step %d, as told; without loop.stop_at_step the run goes on", outcome.step)
+            return summary
+        watchdog.enter("save")
+        write_model(config, outcome, read_from, {"summary": summary, "row_length": config.row_length}, mesh)
     return summary
+
+
+def write_model(
+    config: PretrainConfig, outcome: Outcome, read_from: dict[str, str], facts: dict[str, Any], mesh: Mesh
+) -> None:
+    """WORKDIR/model, of the average if there is one; and the manifest that says that the run has ended."""
+    facts = facts | {"steps": outcome.step} | outcome.evaluation
+    made_with: Any = dict(inputs=read_from, config=identity(config), facts=facts)
+    with jax.set_mesh(mesh):
+        params = outcome.state.ema or outcome.state.params
+        tokenizer = f"{config.data[0].path}/tokenizer"
+        model_directory.write(f"{config.workdir}/model", params, config.model, tokenizer, **made_with)
+    if jax.process_index() == 0:
+        manifest.write(config.workdir, "run", contents=["model"], **made_with)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import rich.box
 import rich.table
 
@@ -28,9 +29,14 @@ State = Literal["new", "unfinished", "done", "another config", "other inputs"]
 
 
 def validate(config: RunConfig, device_count: int) -> None:
-    """Resolves all paths, so that a wrong @NAME is found before anything runs."""
+    """Resolves all paths and lets every stage check what it can, so that a mistake in the last is found at once."""
+    from jaxlm.__main__ import load_stage
+
     for stage in resolve(config):
-        logger.debug("%s in %s", stage.stage, stage.workdir)
+        try:
+            load_stage(stage.stage).validate(stage, device_count)
+        except ConfigError as error:
+            raise error.within(f"stages.{stage_name(stage)}") from None
 
 
 def resolve(config: RunConfig) -> list[StageConfig]:
@@ -104,6 +110,8 @@ def main(config: RunConfig) -> dict[str, Any]:
         Path(config.workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.cannot_write(config.workdir, error) from error
+    validate(config, jax.device_count())
+    files.write_json(f"{config.workdir}/config.json", {"config": configs.to_dict(config)})
     stages = resolve(config)
     summaries: dict[str, Any] = {}
     for stage in stages:
@@ -124,8 +132,21 @@ def main(config: RunConfig) -> dict[str, Any]:
         logging.start(stage.workdir)
         summaries[name] = load_stage(stage.stage).main(stage)
     logging.start(config.workdir)
+    write_manifest(config, stages, summaries)
     show(config, stages, summaries, time.monotonic() - started)
     return summaries
+
+
+def write_manifest(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any]) -> None:
+    """WORKDIR/manifest.json: each stage's hash and summary, and the hash of the corpus, once all stages are done."""
+    if not all((Path(stage.workdir) / "manifest.json").exists() for stage in stages):
+        return
+    made = {stage_name(stage): manifest.read(stage.workdir) for stage in stages}
+    corpora = [found.facts for stage, found in zip(stages, made.values(), strict=True) if stage.stage == "prepare"]
+    corpus = [{split: facts[split]["sha256"] for split in ("train", "heldout") if split in facts} for facts in corpora]
+    facts = {"corpus": corpus, "stages": {name: found.facts["summary"] for name, found in made.items()}}
+    inputs = {name: found.hash for name, found in made.items()}
+    manifest.write(config.workdir, "run", contents=[], inputs=inputs, config=configs.identity(config), facts=facts)
 
 
 def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any], seconds: float) -> None:

@@ -1,6 +1,6 @@
 """Sampling: a model and prompts → completions.
 
-    python -m jaxlm sample --config=configs/sample.py --workdir=runs/base/sample
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo --config.only=sample
 
 Time: one compilation for each size of prompt, then a forward pass a token. Result: WORKDIR/completions.jsonl, a line
 for each prompt and sample,

@@ -1,6 +1,6 @@
 """A tokenizer: trained on the documents, or an existing one, measured on them.
 
-    python -m jaxlm tokenizer --config=configs/demo.py --workdir=runs/demo/tokenizer
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo --config.only=tokenizer
 
 Time: for 8192 tokens and 4 MB of text on 2 cores, BPE takes 3 seconds and unigram 13. Result: WORKDIR/tokenizer.model
 (or byte_tokenizer.json) and manifest.json, whose facts hold the bytes of UTF-8 that a token stands for, on both splits.

@@ -278,4 +278,4 @@ def _optional(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{purpose} need {module.partition('.')[0]}: pip install 'jaxlm[data]' ({error})") from error
+        raise UserError(f"{purpose} need {module.partition('.')[0]}: pip install -e '.[data]' ({error})") from error

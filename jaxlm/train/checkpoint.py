@@ -1,7 +1,7 @@
 """Checkpoints that can be believed: written beside the training, verified bit by bit when read.
 
     checkpoints = Checkpointer(f"{workdir}/checkpoints", config.checkpoint, identity={"config": hash_of_config})
-    restored = checkpoints.restore(abstract_state)          # None in a new run
+    restored = checkpoints.restore(lambda layout: abstract_state)    # None in a new run
     ...
     checkpoints.save(step, state, extra={"mixture": history}, metric=held_out_loss)
     ...
@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,7 @@ class Restored(NamedTuple):
     """Of the structure, shapes, dtypes and shardings that were asked for."""
     step: int
     extra: dict[str, Any]
+    layout: dict[str, Any]
 
 
 class Checkpointer:
@@ -127,7 +128,9 @@ class Checkpointer:
         return self._committed
 
     def close(self) -> None:
-        self.wait()
+        """Lets the save under way, if any, reach the disk; asks no other process, which may not be there any more."""
+        if self._thread is not None:
+            self._thread.join()
         self._writer.close()
 
     def latest_intact(self) -> int | None:
@@ -140,19 +143,21 @@ class Checkpointer:
         values = from_first(lambda: dataclasses.asdict(step_folder.read_and_verify(folder)), errors=(Damaged,))
         return StepManifest(**values)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+    def restore(self, abstract_state: Callable[[Mapping[str, Any]], Any], step: int | None = None) -> Restored | None:
         """The newest step that is whole (or `step`), as `abstract_state` wants it; None if none was ever saved.
 
-        `abstract_state`: a tree of `jax.ShapeDtypeStruct` with shardings, on whatever mesh. Every array must be stored
-        under its path with its shape and dtype, and no others. A damaged step is reported and the one before is taken.
-        Raises UserError when arrays or identity differ, when `step` is not there, and when no step is whole.
+        `abstract_state(layout)`: a tree of `jax.ShapeDtypeStruct` with shardings, on whatever mesh, for a step of that
+        layout. Every array must be stored under its path with its shape and dtype, and no others. A damaged step is
+        reported and the one before is taken. Raises UserError when arrays or identity differ, when `step` is not
+        there, and when no step is whole.
         """
         self.wait()
-        wanted = _by_path(abstract_state)
         steps = from_first(lambda: self._finished_steps(step))
         for candidate in steps:
             try:
-                arrays, manifest = self._read(candidate, wanted)
+                manifest = self.manifest(candidate)
+                wanted = abstract_state(manifest.layout)
+                arrays = self._read(candidate, manifest, _by_path(wanted))
             except Damaged as damage:
                 logger.warning("checkpoint of step %d is DAMAGED: %s", candidate, damage)
                 continue
@@ -160,8 +165,8 @@ class Checkpointer:
                 logger.warning("taking step %d instead, the newest whole checkpoint", candidate)
             self._committed = candidate
             self._abandoned = {later for later in step_folder.list_steps(self.folder) if later > candidate}
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[path] for path in wanted])
-            return Restored(state, candidate, manifest.extra)
+            state = jax.tree.unflatten(jax.tree.structure(wanted), [arrays[path] for path in _by_path(wanted)])
+            return Restored(state, candidate, manifest.extra, manifest.layout)
         if not steps:
             return None
         raise UserError(
@@ -231,9 +236,8 @@ class Checkpointer:
             raise UserError(f"{self.folder}: no checkpoint of step {step}; there are {_listed(map(str, finished))}")
         return finished if step is None else [step]
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, jax.Array], StepManifest]:
+    def _read(self, step: int, manifest: StepManifest, wanted: dict[str, Any]) -> dict[str, jax.Array]:
         folder = self.folder / str(step)
-        manifest = self.manifest(step)
         other = [name for name in {**manifest.identity, **self.identity} if self._differs(manifest, name)]
         if other:
             raise UserError(f"{folder}: was made with another {' and '.join(other)}; use another workdir for this run")
@@ -250,7 +254,7 @@ class Checkpointer:
         wrong = [path for path in wanted if list(sums[path]) != manifest.arrays[path]["checksum"]]
         if wrong:
             raise Damaged(f"{folder}/state: these arrays do not have the checksum that was saved: {_listed(wrong)}")
-        return arrays, manifest
+        return arrays
 
     def _differs(self, manifest: StepManifest, name: str) -> bool:
         return manifest.identity.get(name) != self.identity.get(name)

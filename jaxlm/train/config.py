@@ -1,6 +1,7 @@
 """Configs of the training machinery; standard library only."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 from jaxlm.base.config import check
@@ -55,13 +56,14 @@ class WatchdogConfig:
     )
 
     start_seconds: float = 1800.0
-    """From the start to the first compilation: devices, data, restoring a checkpoint."""
+    """From the start of the stage to the first compilation: data, restoring a checkpoint."""
     compile_seconds: float = 3600.0
-    """Compiling a step and running it the first time."""
+    """Compiling a step."""
     step_seconds: float = 600.0
     """One training step, waiting for its data included."""
     save_seconds: float = 1800.0
-    """The part of a save that the loop waits for; above `checkpoint.timeout_seconds`, which it may wait out."""
+    """The part of a save that the loop waits for, above `checkpoint.timeout_seconds`, which it may wait out; and
+    writing the model at the end."""
     eval_seconds: float = 3600.0
     """One evaluation."""
 
@@ -87,6 +89,9 @@ class OptimizerConfig:
     """Decoupled decay, times the learning rate; norms have none."""
     muon_momentum: float = 0.95
     """Decay of Muon's momentum (Nesterov)."""
+    embedding_rate: float = 1.0
+    """Learning rate of an untied embedding over that of the rest: its rows have unit size at any width, and most
+    batches have nothing for most of them (arXiv:2203.03466, table 3, has it constant where others fall with width)."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     ema: float = 0.0
@@ -96,6 +101,7 @@ class OptimizerConfig:
         for field in ("b1", "b2", "muon_momentum", "ema"):
             value = getattr(self, field)
             check(0 <= value < 1, field, f"got {value}; a decay in [0, 1) is needed")
+        check(self.embedding_rate > 0, "embedding_rate", f"got {self.embedding_rate}; a positive factor is needed")
         check(self.epsilon > 0, "epsilon", f"got {self.epsilon}; a positive number is needed")
         check(self.weight_decay >= 0, "weight_decay", f"got {self.weight_decay}; 0 or more is needed")
         check(self.clip_norm >= 0, "clip_norm", f"got {self.clip_norm}; 0 (none) or a positive norm is needed")
@@ -117,7 +123,7 @@ class ScheduleConfig:
     """The rate at the last step over the peak."""
 
     def __post_init__(self):
-        check(self.peak >= 0, "peak", f"got {self.peak}; a positive rate, or 0 to derive it, is needed")
+        check(0 <= self.peak < math.inf, "peak", f"got {self.peak}; a positive rate, or 0 to derive it, is needed")
         check(self.warmup_steps >= 0, "warmup_steps", f"got {self.warmup_steps}; 0 or more is needed")
         check(0 < self.decay_share <= 1, "decay_share", f"got {self.decay_share}; a share in (0, 1] is needed")
         check(0 <= self.final_share <= 1, "final_share", f"got {self.final_share}; a share in [0, 1] is needed")
@@ -146,6 +152,8 @@ class LoopConfig:
     """A line of metrics every so many steps."""
     evaluate_every_steps: int = 250
     """Held-out figures every so many steps, and at the end."""
+    max_skipped_steps: int = 50
+    """So many steps in a row whose loss or gradient is not finite end the run; fewer are skipped and counted."""
     profile_steps: tuple[int, ...] = ()
     """First and last step of a profiler trace into tensorboard/."""
     stop_at_step: int = 0
@@ -157,6 +165,7 @@ class LoopConfig:
 
     def __post_init__(self):
         check(self.log_every_steps > 0, "log_every_steps", f"got {self.log_every_steps}; 1 or more is needed")
+        check(self.max_skipped_steps > 0, "max_skipped_steps", f"got {self.max_skipped_steps}; 1 or more is needed")
         check(
             self.evaluate_every_steps > 0,
             "evaluate_every_steps",

@@ -2,7 +2,7 @@
 
 The order at the start, which is also the order of resuming:
 
-1. signals and watchdog, so that nothing after them can hang or be killed unseen;
+1. signals, so that nothing after them can be killed unseen (the stage has set the watchdog);
 2. the newest intact checkpoint, or else the initial state, made in place on the mesh;
 3. metrics.jsonl, cut back to that step;
 4. the data, from that step on: its position is a function of the step;
@@ -10,6 +10,7 @@ The order at the start, which is also the order of resuming:
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxlm.base import metrics, sharding
-from jaxlm.base.errors import Interrupted
+from jaxlm.base.errors import Interrupted, Refused, UserError
 from jaxlm.base.logging import logger, progress
 from jaxlm.model.config import ModelConfig
 from jaxlm.train import throughput
@@ -26,6 +27,7 @@ from jaxlm.train.checkpoint import Checkpointer, Restored
 from jaxlm.train.config import LoopConfig, PlateauConfig
 from jaxlm.train.metrics_writer import MetricsWriter
 from jaxlm.train.plateau import stopped_falling
+from jaxlm.train.processes import agreed
 from jaxlm.train.signals import Agreement, Stop, stop_on_signals
 from jaxlm.train.state import Program, convert_layout
 from jaxlm.train.watchdog import Watchdog
@@ -38,13 +40,19 @@ class Task:
     """What a stage trains, and on what."""
 
     program: Program
+    other_layout: Any
+    """the abstract state of the same model with unrolled layers where `program` stacks them, or the reverse"""
     model: ModelConfig
     steps: int
     """of the whole schedule"""
     rows: Callable[[int], Iterator[Rows]]
     """step → this process's rows of the batches from there on"""
+    batch_rows: int
+    """of the global batch"""
     heldout: Callable[[], Iterable[Rows]]
     """() → this process's rows of the held-out batches"""
+    heldout_rows: int
+    """of a global held-out batch"""
     tokens_per_step: int
     flops_per_token: float
     identity: Mapping[str, str]
@@ -59,21 +67,19 @@ class Outcome:
     step: int
     evaluation: dict[str, float]
     """the last held-out figures"""
-    seconds: float
-    """of this process's life, first step to last"""
     tokens_per_second: float
+    """of this process's life, first step to last, evaluations and saves included"""
 
 
-def train(task: Task, config: LoopConfig, workdir: str) -> Outcome:
-    """Trains to the last step, to `stop_at_step` or to the plateau. Raises Interrupted after a signal, once saved."""
+def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> Outcome:
+    """Trains to the last step, to `stop_at_step` or to the plateau. Raises Interrupted after a signal, once saved.
+
+    `watchdog` is running already: what comes before and after the loop can hang too.
+    """
     program = task.program
     # Before the mesh is set: on CPU the peak is measured with a product on one device.
     peak = throughput.peak_flops_per_second(program.mesh.devices.size, task.model.compute)
-    with (
-        jax.set_mesh(program.mesh),
-        stop_on_signals() as stop,
-        Watchdog(config.watchdog, f"{workdir}/log.txt") as watchdog,
-    ):
+    with jax.set_mesh(program.mesh), stop_on_signals() as stop:
         stacked = {"stacked": task.model.scan_layers}
         checkpoints = Checkpointer(f"{workdir}/checkpoints", config.checkpoint, identity=task.identity, layout=stacked)
         restored = restore(checkpoints, task)
@@ -84,7 +90,7 @@ def train(task: Task, config: LoopConfig, workdir: str) -> Outcome:
         if restored:
             logger.info("goes on from step %d of %d", step, task.steps)
             last = step if restored.extra["ended"] else last
-        writer = MetricsWriter(workdir, step)
+        writer = _on_all(lambda: MetricsWriter(workdir, step))
         run = _Run(task, config, workdir, checkpoints, writer, watchdog, _Clock(task, peak), figures)
         try:
             return run.steps(state, step, last, stop)
@@ -93,21 +99,29 @@ def train(task: Task, config: LoopConfig, workdir: str) -> Outcome:
             writer.close()
 
 
+def _on_all(make: Callable[[], MetricsWriter]) -> MetricsWriter:
+    """What `make()` gives; where it fails on one process, all end together instead of waiting for it."""
+    made, error = None, None
+    try:
+        made = make()
+    except UserError as cause:
+        error = cause
+    if not agreed(error is None):
+        raise error or UserError("another process could not write; its log says why")
+    assert made is not None
+    return made
+
+
 def restore(checkpoints: Checkpointer, task: Task) -> Restored | None:
     """The newest intact state, its layers arranged as this run has them. None in a new run."""
-    newest = checkpoints.latest_intact()
-    wanted = task.program.abstract_state
     stacked = task.model.scan_layers
-    if newest is None or checkpoints.manifest(newest).layout.get("stacked") == stacked:
-        return checkpoints.restore(wanted)
+    same = lambda layout: layout.get("stacked", stacked) == stacked
+    found = checkpoints.restore(lambda layout: task.program.abstract_state if same(layout) else task.other_layout)
+    if found is None or same(found.layout):
+        return found
     logger.info("the checkpoint's layers are %s; converting", "unrolled" if stacked else "stacked")
-    turn = lambda state: convert_layout(state, task.model, stacked)
-    other = jax.eval_shape(lambda s: convert_layout(s, task.model, not stacked), wanted)
-    whole = sharding.replicated(task.program.mesh)
-    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), other)
-    found = checkpoints.restore(other)
-    assert found is not None
-    return found._replace(state=jax.jit(turn, out_shardings=task.program.shardings.state)(found.state))
+    turn = jax.jit(lambda state: convert_layout(state, task.model, stacked), out_shardings=task.program.shardings.state)
+    return found._replace(state=turn(found.state))
 
 
 class _Run:
@@ -122,16 +136,17 @@ class _Run:
         writer: MetricsWriter,
         watchdog: Watchdog,
         clock: "_Clock",
-        figures: list[float],
+        figures: list[float | None],
     ):
         self.task, self.config, self.workdir = task, config, workdir
         self.checkpoints, self.writer, self.watchdog, self.clock = checkpoints, writer, watchdog, clock
         self.figures = figures
-        """The best-metric's value at each evaluation so far."""
+        """The best-metric's value at each evaluation so far; None where it was not finite."""
         self.evaluation: dict[str, float] = {}
+        self.evaluated_at = -1
         self.pending: tuple[int, dict[str, metrics.Mean]] | None = None
         """A step's metrics, still on the devices: read one interval late, so that the loop never waits for them."""
-        self.skipped = 0
+        self.skipped, self.skipped_in_a_row, self.logged_at = 0, 0, 0
         self.tracing = False
 
     def steps(self, state: Any, step: int, last: int, stop: Stop) -> Outcome:
@@ -139,6 +154,7 @@ class _Run:
         task, config = self.task, self.config
         compiled = self._compile() if step < last else None
         agreement = Agreement(stop)
+        self.skipped, self.logged_at = int(state.skipped), step
         rows = task.rows(step)
         clock = self.clock
         clock.restart(step)
@@ -147,9 +163,9 @@ class _Run:
             bar.advance(step)
             while not finished:
                 self.watchdog.enter("step")
-                self._profile(step)
+                self._profile(step, state)
                 clock.wait_begins()
-                batch = self._global(next(rows))
+                batch = self._global(next(rows), task.batch_rows)
                 clock.wait_ends()
                 assert compiled is not None
                 state, measured = compiled(state, batch)
@@ -175,7 +191,7 @@ class _Run:
         self._close(step)
         seconds = time.monotonic() - began
         rate = (step - first) * task.tokens_per_step / seconds if step > first else 0.0
-        return Outcome(state=state, step=step, evaluation=self.evaluation, seconds=seconds, tokens_per_second=rate)
+        return Outcome(state=state, step=step, evaluation=self.evaluation, tokens_per_second=rate)
 
     def _compile(self) -> Any:
         self.watchdog.enter("compile")
@@ -187,13 +203,11 @@ class _Run:
         logger.info("step compiled in %.1f s; a device needs %.2f GiB", time.monotonic() - began, size / 2**30)
         return compiled
 
-    def _global(self, rows: Rows) -> dict[str, jax.Array]:
-        """This process's rows → the global batch's arrays."""
-        processes = jax.process_count()
-        placed = sharding.batch_sharding(self.task.program.mesh)
-        return {
-            name: sharding.global_array(placed, x, (x.shape[0] * processes, x.shape[1])) for name, x in rows.items()
-        }
+    def _global(self, rows: Rows, count: int) -> dict[str, jax.Array]:
+        """This process's rows → the arrays of a global batch of `count` rows."""
+        mesh = self.task.program.mesh
+        own = sharding.own_rows(mesh, count)
+        return {name: sharding.global_batch(mesh, x, own, count) for name, x in rows.items()}
 
     def _evaluate(self, state: Any, step: int, log: bool = True) -> bool:
         """Held-out figures of the parameters, and of their average; True when the plateau rule says to stop."""
@@ -211,15 +225,17 @@ class _Run:
         if not log:
             return False
         self.writer.write(step, step * self.task.tokens_per_step, self.evaluation)
+        self.evaluated_at = step
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in self.evaluation.items())
         logger.info("step %d held out: %s", step, shown)
-        self.figures.append(self.evaluation[self.task.best_metric])
+        figure = self.evaluation[self.task.best_metric]
+        self.figures.append(figure if math.isfinite(figure) else None)
         return stopped_falling(self.figures, self.task.plateau)
 
     def _heldout_sums(self, params: Any) -> dict[str, metrics.Mean]:
         total: dict[str, metrics.Mean] = {}
         for rows in self.task.heldout():
-            found = self.task.program.evaluate(params, self._global(rows))
+            found = self.task.program.evaluate(params, self._global(rows, self.task.heldout_rows))
             total = metrics.merge(total, found) if total else found
         return total
 
@@ -227,7 +243,7 @@ class _Run:
         """`ended`: the plateau was reached, so that starting again does not train on."""
         self.watchdog.enter("save")
         self._log()  # the lines up to the saved step are there before it is
-        metric = self.evaluation.get(self.task.best_metric)
+        metric = self.evaluation[self.task.best_metric] if self.evaluated_at == step else None
         self.checkpoints.save(step, state, extra={"figures": self.figures, "ended": ended}, metric=metric)
 
     def _log(self) -> None:
@@ -239,18 +255,31 @@ class _Run:
         values = metrics.values(measured)
         values |= self.clock.lap(step)
         self.writer.write(step, step * self.task.tokens_per_step, values)
-        skipped = int(values["train/skipped_steps"])
-        if skipped > self.skipped:
-            logger.warning("step %d: %d steps skipped so far, their loss or gradient was not finite", step, skipped)
-        self.skipped = skipped
-        rate = f"{values['train/tokens_per_second']:,.0f} tokens/s" if "train/tokens_per_second" in values else ""
-        logger.info("step %d: loss %.4f  %s", step, values["train/loss"], rate)
+        logger.info("step %d: loss %.4f  %s", step, values["train/loss"], self.clock.note)
+        self._count_skipped(step, int(values["train/skipped_steps"]))
 
-    def _profile(self, step: int) -> None:
-        """Starts and ends a profiler trace at the configured steps (1 is the first)."""
+    def _count_skipped(self, step: int, skipped: int) -> None:
+        """Warns of skipped steps, and ends a run that does nothing else any more."""
+        new, taken = skipped - self.skipped, step - self.logged_at
+        self.skipped, self.logged_at = skipped, step
+        if new:
+            logger.warning("step %d: %d steps skipped so far, their loss or gradient was not finite", step, skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + new if new == taken else 0
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise Refused(
+                f"{self.workdir}: the last {self.skipped_in_a_row} steps up to step {step} were all skipped: loss or "
+                "gradient is not finite any more; lower schedule.peak or optimizer.clip_norm, or start again in a new "
+                "workdir from an earlier checkpoint"
+            )
+
+    def _profile(self, step: int, state: Any) -> None:
+        """Starts and ends a profiler trace at the configured steps (1 is the first), when the devices are there."""
+        if step not in [bound - first for bound, first in zip(self.config.profile_steps, (1, 0), strict=False)]:
+            return
+        jax.block_until_ready(state)
         if self.tracing and step == self.config.profile_steps[1]:
             self._end_trace()
-        if self.config.profile_steps and step + 1 == self.config.profile_steps[0]:
+        if step + 1 == self.config.profile_steps[0]:
             jax.profiler.start_trace(f"{self.workdir}/tensorboard")
             self.tracing = True
 
@@ -299,10 +328,11 @@ class _Clock:
         if steps <= 0:
             return {}
         rate = steps * self.task.tokens_per_step / seconds
-        self.note = f"{rate:,.0f} tokens/s"
+        mfu = rate * self.task.flops_per_token / self.peak
+        self.note = f"{rate:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if math.isfinite(mfu) else "")
         return {
             "train/tokens_per_second": rate,
             "train/step_seconds": seconds / steps,
             "train/data_wait": waited / seconds,
-            "train/mfu": rate * self.task.flops_per_token / self.peak,
+            "train/mfu": mfu,
         }

@@ -8,9 +8,6 @@ import jax.numpy as jnp
 from jaxlm.base.arrays import Array, Bool, Float32, Int
 from jaxlm.base.metrics import Mean
 
-# Smallest number of tokens whose logits are worth a pass of their own.
-LEAST_CHUNK_TOKENS = 128
-
 
 class TokenSums(NamedTuple):
     """Sums over the counted targets, float32 scalars."""

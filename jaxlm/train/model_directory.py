@@ -25,7 +25,7 @@ from etils import epath
 
 from jaxlm.base import files, manifest
 from jaxlm.base.config import from_dict, to_dict
-from jaxlm.base.errors import UserError
+from jaxlm.base.errors import Refused, UserError
 from jaxlm.base.manifest import Manifest
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
@@ -108,9 +108,10 @@ def write(
 ) -> Manifest | None:
     """Writes a model directory, shard by shard; in a run of many processes, all call it and process 0 writes.
 
-    `params` are float32 in either layout, sharded or not; `inputs`, `config` and `facts` go to the manifest.
-    `facts["row_length"]` tells later stages on how long rows the model was trained. Returns the manifest (None on
-    the other processes). A rewritten directory counts as unfinished until its manifest is there.
+    `params` are float32 in either layout, sharded or not; Refused is raised when they are not finite. `inputs`,
+    `config` and `facts` go to the manifest; `facts["row_length"]` tells later stages on how long rows the model was
+    trained. Returns the manifest (None on the other processes). A rewritten directory counts as unfinished until its
+    manifest is there.
     """
     folder = epath.Path(folder)
     definition = define_model(model_config)
@@ -130,6 +131,8 @@ def write(
     for number, names in enumerate(_shards(definition), 1):
         file = f"model-{number:05}.safetensors"
         tensors = dict(_tensors(definition, params, names))
+        if wrong := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
+            raise Refused(f"{folder}: is not written; not finite: {', '.join(wrong[:8])}")
         if writes:
             files.write_bytes(folder / "params" / file, safetensors.numpy.save(tensors, {"format": "np"}))
         weight_map |= dict.fromkeys(names, file)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.base.arrays import Array, Bool
+from jaxlm.base.errors import ConfigError
 from jaxlm.model.weights import Definition, Params, Weight
 from jaxlm.train.config import OptimizerConfig
 
@@ -44,7 +45,13 @@ def table(definition: Definition, config: OptimizerConfig) -> list[tuple[str, st
         (
             "/".join(path),
             " x ".join(map(str, declared.shape)),
-            rule(declared, config) + (f", decay {config.weight_decay:g}" if decays(declared) else ""),
+            rule(declared, config)
+            + (
+                f", rate x {config.embedding_rate:g}"
+                if declared.axes[0] == "vocab" and config.embedding_rate != 1
+                else ""
+            )
+            + (f", decay {config.weight_decay:g}" if decays(declared) else ""),
         )
         for path, declared in definition
     ]
@@ -52,7 +59,11 @@ def table(definition: Definition, config: OptimizerConfig) -> list[tuple[str, st
 
 def make_optimizer(config: OptimizerConfig, definition: Definition) -> optax.GradientTransformation:
     """(gradients, state, params) → (direction, state); the step adds learning rate × direction."""
-    decay = optax.add_decayed_weights(-config.weight_decay, definition.tree(decays))
+    if config.embedding_rate != 1 and not any(declared.axes[-1] == "vocab" for _, declared in definition):
+        raise ConfigError("optimizer.embedding_rate", "a tied embedding is the output head too; leave its rate at 1")
+    tables = optax.masked(optax.scale(config.embedding_rate), definition.tree(lambda w: w.axes[0] == "vocab"))
+    # Decay comes last, at the step's own rate for every weight.
+    decay = optax.chain(tables, optax.add_decayed_weights(-config.weight_decay, definition.tree(decays)))
     if config.kind == "adamw":
         adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
         return optax.chain(adam, optax.scale(-1.0), decay)

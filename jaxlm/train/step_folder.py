@@ -41,7 +41,7 @@ class StepManifest:
     """Hashes of what the run was made from: config, tokenizer, ..."""
     metric: float | None
     extra: dict[str, Any]
-    """What the loop keeps beside arrays: mixture history, best value, plateau state, ..."""
+    """What the loop keeps beside arrays: the held-out figures so far, whether the plateau ended the run, ..."""
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """File below the folder → {"bytes"}, of small ones {"bytes", "sha256"}."""
     format_version: int = FORMAT_VERSION

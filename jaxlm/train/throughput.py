@@ -43,20 +43,12 @@ def peak_flops_per_second(devices: int, compute: Compute) -> float:
     return next(rates, math.nan) * devices
 
 
-def mfu(flops_per_second: float, devices: int, compute: Compute) -> float:
-    """Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B): the model's FLOP/s over the peak.
-
-    >>> mfu(3e15, 8, "bfloat16")        # on 8 chips of v5p
-    0.817
-    """
-    return flops_per_second / peak_flops_per_second(devices, compute)
-
-
 @functools.cache
 def measured_flops_per_second(compute: Compute, size: int = 1024) -> float:
     """The best rate of some square products on this process's first device; takes under a second, once a process."""
     x = jnp.ones((size, size), dtype(compute), device=jax.local_devices()[0])
-    product = jax.jit(jnp.dot)
+    # With float32 sums and result, as `base/precision` multiplies.
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
     product(x, x).block_until_ready()
     best, end = math.inf, time.perf_counter() + 0.3
     while time.perf_counter() < end:

@@ -4,10 +4,10 @@
         ...                                  # "start"
         watchdog.enter("compile")
         for step in steps:
-            train_step(...)
             watchdog.enter("step")           # every step: the clock starts again
-            with watchdog.phase("save"):
-                checkpoints.save(...)
+            train_step(...)
+            watchdog.enter("save")
+            checkpoints.save(...)
 
 On a pod a lost host or a collective that never ends leaves all others waiting for good; a process that ends with exit
 code 76 and every thread's stack in the log is restarted by the launcher. The watch is a Python thread: code that hangs
@@ -18,7 +18,6 @@ import contextlib
 import faulthandler
 import os
 import threading
-from collections.abc import Iterator
 from typing import Literal
 
 from jaxlm.base.errors import EXIT_HANG
@@ -59,16 +58,6 @@ class Watchdog:
     def enter(self, phase: Phase) -> None:
         """Ends the phase before and starts this one's clock. Costs one attribute write; call it every step."""
         self._entered = (phase,)
-
-    @contextlib.contextmanager
-    def phase(self, phase: Phase) -> Iterator[None]:
-        """A phase within another, which starts afresh afterwards."""
-        outer = self._entered[0]
-        self.enter(phase)
-        try:
-            yield
-        finally:
-            self.enter(outer)
 
     def _watch(self) -> None:
         seen, polls = self._entered, 0

@@ -48,6 +48,8 @@ class Outer(StageConfig):
     """Items."""
     other: Inner | None = None
     """Other."""
+    words: tuple[str, ...] = ()
+    """Words."""
 
 
 def test_overrides_of_every_type():
@@ -73,8 +75,24 @@ def test_overrides_of_every_type():
 
 
 @pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ("a,b", ("a", "b")),
+        ("a, b", ("a", "b")),
+        ("", ()),
+        ('["\\n", " User:", "Hello, world"]', ("\n", " User:", "Hello, world")),
+    ],
+)
+def test_texts_in_a_list(raw, words):
+    assert configs.override(Outer(), {"words": raw}).words == words
+
+
+@pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("words", "\n", "write blanks and commas as a JSON list"),
+        ("words", "a\n,b", "write blanks and commas as a JSON list"),
+        ("words", '["a"', "which is no JSON list"),
         ("sise", "1", "sise: no such field; did you mean 'size' or 'sizes'?"),
         ("inner.rat", "1", "inner.rat: no such field; did you mean 'rate'?"),
         ("size", "four", "size: got 'four'; a whole number is needed"),

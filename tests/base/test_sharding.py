@@ -57,7 +57,9 @@ def test_activations_lie_as_the_table_says_where_they_can():
 def test_rows_of_a_process_become_the_global_batch():
     mesh = sharding.make_mesh(MeshConfig(data=8))
     rows = np.arange(16 * 3).reshape(16, 3)
-    whole = sharding.global_array(sharding.batch_sharding(mesh), rows, (16, 3))
+    own = sharding.own_rows(mesh, 16)
+    assert own == list(range(16))
+    whole = sharding.global_batch(mesh, rows, own, 16)
     np.testing.assert_array_equal(whole, rows)
     assert whole.sharding.shard_shape((16, 3)) == (2, 3)
-    assert sharding.batch_pieces(mesh) == 8
+    assert sharding.batch_pieces(mesh.shape) == 8

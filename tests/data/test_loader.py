@@ -71,7 +71,13 @@ def test_the_global_batch_is_the_same_on_any_number_of_processes(folders, proces
     sources = [(folder, 1.0) for folder in folders]
     whole = Loader(sources, "train", global_batch=6, seed=0)
     parts = [
-        Loader(sources, "train", global_batch=6, seed=0, process_index=p, process_count=process_count)
+        Loader(
+            sources,
+            "train",
+            global_batch=6,
+            seed=0,
+            own=range(6)[p * 6 // process_count : (p + 1) * 6 // process_count],
+        )
         for p in range(process_count)
     ]
     for step in (0, 1, 17, 1_000_000):
@@ -79,7 +85,11 @@ def test_the_global_batch_is_the_same_on_any_number_of_processes(folders, proces
         np.testing.assert_array_equal(joined, whole.batch(step)["ids"])
     whole_held = list(heldout_batches(RowSource(folders[0], "heldout"), 6))
     held = [
-        list(heldout_batches(RowSource(folders[0], "heldout"), 6, process_index=p, process_count=process_count))
+        list(
+            heldout_batches(
+                RowSource(folders[0], "heldout"), 6, own=range(6)[p * 6 // process_count : (p + 1) * 6 // process_count]
+            )
+        )
         for p in range(process_count)
     ]
     np.testing.assert_array_equal(np.concatenate([h[0][0]["ids"] for h in held]), whole_held[0][0]["ids"])
@@ -155,8 +165,8 @@ def test_sources_that_do_not_fit_are_refused(folders, tmp_path):
         loader(folders[0], other)
     with pytest.raises(UserError, match="holds no heldout rows"):
         RowSource(make_rows(tmp_path / "empty", 0, heldout=0), "heldout")
-    with pytest.raises(ConfigError, match="batch_rows: got 4; a multiple of the 3 processes"):
-        loader(folders[0], process_count=3)
+    with pytest.raises(ConfigError, match="batch_rows: got 0; at least 1 is needed"):
+        loader(folders[0], global_batch=0)
     with pytest.raises(ConfigError, match="history: has 1 weights a step for 2 sources"):
         loader(*folders[:2], history=((0, (1.0,)),))
     with pytest.raises(ConfigError, match="data: is empty"):

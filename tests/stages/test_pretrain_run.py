@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.base import metrics
 from jaxlm.base.config import MeshConfig
-from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.data.config import MixtureSource
 from jaxlm.model.config import ModelConfig
 from jaxlm.stages import pretrain
@@ -120,6 +123,61 @@ def as_dict(config):
 
     watchdog = WatchdogConfig(step_seconds=2.0)
     return configs.to_dict(dataclasses.replace(config, loop=dataclasses.replace(config.loop, watchdog=watchdog)))
+
+
+def test_a_run_that_only_skips_steps_is_refused_and_says_so(config, monkeypatch):
+    loop = dataclasses.replace(config.loop, max_skipped_steps=4)
+    broken = lambda tree: jax.numpy.float32(jax.numpy.nan)
+    monkeypatch.setattr(pretrain.optimizers, "global_norm", broken)
+    with pytest.raises(Refused, match="the last 4 steps up to step 4 were all skipped"):
+        pretrain.main(dataclasses.replace(config, loop=loop))
+    assert not (Path(config.workdir) / "model").exists()
+
+
+def test_a_held_out_figure_that_is_not_finite_does_not_end_the_run(config, monkeypatch):
+    real = metrics.values
+    monkeypatch.setattr(
+        metrics, "values", lambda found: {k: math.nan if "eval" in k else v for k, v in real(found).items()}
+    )
+    pretrain.main(config)
+    kept = json.loads((Path(config.workdir) / "checkpoints/12/manifest.json").read_text())
+    assert kept["extra"]["figures"] == [None] * 4
+    assert kept["metric"] is None
+
+
+def test_the_best_checkpoint_is_the_one_that_was_measured(config):
+    checkpoint = CheckpointConfig(every_steps=1, keep_last=1, keep_best=1)
+    pretrain.main(dataclasses.replace(config, loop=dataclasses.replace(config.loop, checkpoint=checkpoint)))
+    kept = sorted(int(path.name) for path in (Path(config.workdir) / "checkpoints").iterdir())
+    assert all(step % 3 == 0 for step in kept), "evaluated every third step"
+    assert 12 in kept
+
+
+def test_the_plateau_needs_held_out_rows(config, packed_rows, tmp_path):
+    rows = tmp_path / "rows"
+    shutil.copytree(packed_rows, rows)
+    found = json.loads((rows / "manifest.json").read_text())
+    del found["facts"]["heldout"]
+    (rows / "manifest.json").write_text(json.dumps(found))
+    without = dataclasses.replace(config, data=(MixtureSource(path=str(rows)),))
+    with pytest.raises(ConfigError, match=r"plateau.evaluations: needs held-out rows"):
+        pretrain.main(dataclasses.replace(without, plateau=PlateauConfig(evaluations=2)))
+    pretrain.main(without)
+    assert not any("eval/loss" in line for line in lines(config))
+
+
+def test_a_damaged_step_of_another_layout_falls_back_to_the_one_before(config):
+    loop = dataclasses.replace(config.loop, stop_at_step=6)
+    pretrain.main(dataclasses.replace(config, loop=loop))
+    unrolled = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=False))
+    pretrain.main(dataclasses.replace(unrolled, loop=dataclasses.replace(loop, stop_at_step=9)))
+    state = Path(config.workdir) / "checkpoints/9/state"
+    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    pretrain.main(unrolled)
+    assert [line["step"] for line in lines(config) if "train/loss" in line] == list(range(1, 13))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 import jaxlm
 from jaxlm.__main__ import main
+from jaxlm.base.errors import UserError
 from jaxlm.text.documents import read as read_documents
 
 CONFIG = """
@@ -130,6 +131,22 @@ def test_a_changed_stage_and_those_after_it_are_done_again_and_the_old_results_s
     assert "evaluate: its results are of other inputs" in err
 
 
+def test_the_runs_manifest_names_the_corpus_and_every_stage(whole):
+    found = json.loads((whole / "manifest.json").read_text())
+    prepared = json.loads((whole / "prepare/manifest.json").read_text())
+    assert found["facts"]["corpus"] == [{split: prepared["facts"][split]["sha256"] for split in ("train", "heldout")}]
+    assert found["inputs"]["prepare"] == prepared["hash"]
+    assert list(found["facts"]["stages"]) == STAGES
+
+
+def test_results_that_were_put_aside_are_not_loaded(whole, tmp_path):
+    copy = tmp_path / "run"
+    os.system(f"cp -r {whole} {copy}")
+    (copy / "pretrain").rename(copy / "pretrain.outdated-1")
+    with pytest.raises(UserError, match="holds no finished model"):
+        jaxlm.load(copy)
+
+
 def test_only_some_stages(config, whole, tmp_path):
     folder = tmp_path / "run"
     assert run(config, folder, "--config.only=prepare,tokenizer") == 0
@@ -142,6 +159,8 @@ def test_mistakes_are_named_before_anything_runs(config, tmp_path, capsys):
     assert run(wrong, tmp_path / "run") == 2
     assert "stages.evaluate.model: '@pretrian' names no earlier stage" in capsys.readouterr().err
     assert not (tmp_path / "run/prepare").exists()
+    assert run(config, tmp_path / "run", "--config.stages.pretrain.mesh.data=3") == 2
+    assert "stages.pretrain.mesh: data=3 does not divide 8 devices" in capsys.readouterr().err
     assert run(config, tmp_path / "run", "--config.only=pretrian") == 2
     assert "no stage is called 'pretrian'" in capsys.readouterr().err
 

@@ -79,7 +79,7 @@ def logged(caplog) -> str:
 
 def test_what_is_restored_has_the_bits_structure_and_sharding_of_what_was_saved(tmp_path):
     filled(tmp_path, [3])
-    restored = Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0)))
+    restored = Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
     assert restored is not None
     assert same_bits(restored.state, make_state(3))
     assert restored.state["params"]["kernel"].sharding == make_state(3)["params"]["kernel"].sharding
@@ -93,7 +93,7 @@ def test_what_is_restored_has_the_bits_structure_and_sharding_of_what_was_saved(
 def test_restores_onto_another_mesh(tmp_path, mesh, spec):
     filled(tmp_path, [3])
     wanted = abstract(make_state(0, make_mesh(mesh), spec))
-    restored = Checkpointer(tmp_path, KEEP_ALL).restore(wanted)
+    restored = Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: wanted)
     assert restored is not None
     assert same_bits(restored.state, make_state(3))
     assert restored.state["params"]["kernel"].sharding == wanted["params"]["kernel"].sharding
@@ -113,7 +113,7 @@ def test_training_goes_on_and_donates_while_files_are_written(tmp_path):
             weights = step(weights)
     checkpoints.wait()
     for at, expected in seen.items():
-        restored = checkpoints.restore({"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}, step=at)
+        restored = checkpoints.restore(lambda _: {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}, step=at)
         assert restored is not None
         np.testing.assert_array_equal(restored.state["w"], expected)
         # A restored state can be donated too.
@@ -122,7 +122,7 @@ def test_training_goes_on_and_donates_while_files_are_written(tmp_path):
 
 def test_an_empty_folder_restores_nothing(tmp_path):
     checkpoints = Checkpointer(tmp_path / "checkpoints", KEEP_ALL)
-    assert checkpoints.restore(abstract(make_state(0))) is None
+    assert checkpoints.restore(lambda _: abstract(make_state(0))) is None
     assert checkpoints.latest_intact() is None
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_taken(tmp_path, caplog
     else:
         victim = next(path for path in paths if path.name == which)
     DAMAGES[damage](victim)
-    restored = Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0)))
+    restored = Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
     assert restored is not None
     assert restored.step == 1
     assert same_bits(restored.state, make_state(1))
@@ -185,7 +185,7 @@ def test_exchanged_data_files_are_noticed(tmp_path, caplog):
     manifest["files"] = {}
     forge(tmp_path / "2", manifest)
     with pytest.raises(UserError, match="no checkpoint is whole"):
-        Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0)))
+        Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
     assert "do not have the checksum that was saved: counts/0, flags" in logged(caplog)
 
 
@@ -201,7 +201,7 @@ def test_an_edited_manifest_is_damage(tmp_path, caplog):
     filled(tmp_path, [1, 2])
     path = tmp_path / "2" / "manifest.json"
     path.write_text(path.read_text().replace('"seed": 2', '"seed": 9'))
-    restored = Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0)))
+    restored = Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
     assert restored is not None
     assert restored.step == 1
     assert "was edited or is damaged" in logged(caplog)
@@ -213,7 +213,7 @@ def test_no_whole_step_is_an_error_and_nothing_is_removed(tmp_path):
         (tmp_path / str(step) / "manifest.json").unlink()
     checkpoints = Checkpointer(tmp_path, KEEP_ALL)
     with pytest.raises(UserError, match="no checkpoint is whole"):
-        checkpoints.restore(abstract(make_state(0)))
+        checkpoints.restore(lambda _: abstract(make_state(0)))
     assert checkpoints.latest_intact() is None
     assert steps_in(tmp_path) == [1, 2]
 
@@ -224,7 +224,7 @@ def test_a_save_that_was_cut_off_is_passed_over(tmp_path, caplog):
     (tmp_path / "2" / "unfinished").touch()
     (tmp_path / "3").mkdir()
     checkpoints = Checkpointer(tmp_path, KEEP_ALL)
-    restored = checkpoints.restore(abstract(make_state(0)))
+    restored = checkpoints.restore(lambda _: abstract(make_state(0)))
     assert restored is not None
     assert restored.step == 1
     assert "saving was cut off: step 2, 3" in logged(caplog)
@@ -236,7 +236,7 @@ def test_a_save_that_was_cut_off_is_passed_over(tmp_path, caplog):
 def test_a_cut_off_first_save_is_a_new_run(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "unfinished").touch()
-    assert Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0))) is None
+    assert Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0))) is None
 
 
 def change_shape(state):
@@ -269,13 +269,15 @@ def test_other_arrays_are_refused_by_name(tmp_path, change, message):
     wanted = abstract(make_state(0))
     change(wanted)
     with pytest.raises(UserError, match=message):
-        Checkpointer(tmp_path, KEEP_ALL).restore(wanted)
+        Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: wanted)
 
 
 def test_another_config_or_tokenizer_is_refused_by_name(tmp_path):
     filled(tmp_path, [1], identity={"config": "a", "tokenizer": "b"})
     with pytest.raises(UserError, match="was made with another tokenizer;"):
-        Checkpointer(tmp_path, KEEP_ALL, identity={"config": "a", "tokenizer": "c"}).restore(abstract(make_state(0)))
+        Checkpointer(tmp_path, KEEP_ALL, identity={"config": "a", "tokenizer": "c"}).restore(
+            lambda _: abstract(make_state(0))
+        )
 
 
 def test_the_manifest_keeps_layout_and_identity(tmp_path):
@@ -290,7 +292,7 @@ def test_a_newer_format_is_refused(tmp_path):
     manifest = json.loads((tmp_path / "2" / "manifest.json").read_text())
     forge(tmp_path / "2", manifest | {"format_version": 99})
     with pytest.raises(UserError, match=r"2/manifest\.json: has format_version 99, this jaxlm reads up to 1"):
-        Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0)))
+        Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
 
 
 def test_extra_that_json_would_change_is_refused(tmp_path):
@@ -303,18 +305,18 @@ def test_extra_that_json_would_change_is_refused(tmp_path):
 def test_going_back_to_a_step_leaves_the_later_ones_behind(tmp_path):
     filled(tmp_path, [1, 2, 3])
     checkpoints = Checkpointer(tmp_path, KEEP_ALL)
-    assert checkpoints.restore(abstract(make_state(0)), step=1) is not None
+    assert checkpoints.restore(lambda _: abstract(make_state(0)), step=1) is not None
     checkpoints.save(2, make_state(20), extra={})
     checkpoints.wait()
     assert steps_in(tmp_path) == [1, 2]
-    restored = Checkpointer(tmp_path, KEEP_ALL).restore(abstract(make_state(0)))
+    restored = Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
     assert restored is not None
     assert same_bits(restored.state, make_state(20))
 
 
 def test_asking_for_a_step_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 7; there are 2, 1"):
-        filled(tmp_path, [1, 2]).restore(abstract(make_state(0)), step=7)
+        filled(tmp_path, [1, 2]).restore(lambda _: abstract(make_state(0)), step=7)
 
 
 def test_retention_counts_only_whole_steps(tmp_path):
@@ -358,7 +360,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_stops_after_max_failed
         checkpoints.wait()
     full_disk(2**40)
     again = Checkpointer(tmp_path, CheckpointConfig(keep_last=1))
-    restored = again.restore(abstract(make_state(0)))
+    restored = again.restore(lambda _: abstract(make_state(0)))
     assert restored is not None
     assert restored.step == 3
     assert same_bits(restored.state, make_state(3))

@@ -42,7 +42,9 @@ def test_killed_while_saving_leaves_a_whole_step(tmp_path):
         assert process.stdout is not None
         assert any(line.strip() == "20" for line in process.stdout)
         process.kill()
-    restored = Checkpointer(tmp_path, CheckpointConfig()).restore({"w": jax.ShapeDtypeStruct((512, 512), jnp.int32)})
+    restored = Checkpointer(tmp_path, CheckpointConfig()).restore(
+        lambda _: {"w": jax.ShapeDtypeStruct((512, 512), jnp.int32)}
+    )
     assert restored is not None
     assert restored.step >= 18
     assert (np.asarray(restored.state["w"]) == restored.step).all()
@@ -89,9 +91,9 @@ def test_two_processes_save_restore_and_agree(tmp_path):
         if rank == 0:
             assert sorted(os.listdir(folder)) == ["2", "3"]
             os.truncate(f"{folder}/3/manifest.json", 50)
-        check(Checkpointer(folder, config).restore(wanted), 2)
+        check(Checkpointer(folder, config).restore(lambda _: wanted), 2)
         try:
-            Checkpointer(folder, config).restore(wanted, step=9)
+            Checkpointer(folder, config).restore(lambda _: wanted, step=9)
         except Exception as error:
             print("refused:", type(error).__name__, error, flush=True)
     """
@@ -114,10 +116,10 @@ def test_a_disk_that_is_full_for_one_process_fails_the_save_on_both(tmp_path):
         checkpoints.save(2, state(2), extra={"step": 2})
         assert checkpoints.wait() == 1
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-        check(Checkpointer(folder, config).restore(wanted), 1)
+        check(Checkpointer(folder, config).restore(lambda _: wanted), 1)
         checkpoints.save(3, state(3), extra={"step": 3})
         assert checkpoints.wait() == 3
-        check(Checkpointer(folder, config).restore(wanted), 3)
+        check(Checkpointer(folder, config).restore(lambda _: wanted), 3)
     """
     for output in run_two(program, tmp_path):
         assert "saving step 2 FAILED (1 in a row)" in output

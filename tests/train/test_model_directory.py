@@ -4,13 +4,14 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from jaxlm.base import manifest
 from jaxlm.base.config import MeshConfig
-from jaxlm.base.errors import UserError
+from jaxlm.base.errors import Refused, UserError
 from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
@@ -97,6 +98,13 @@ def test_a_flipped_byte_is_refused_by_file(folder, file):
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file}: its content differs"):
         model_directory.read(folder)
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path):
+    broken = PARAMS | {"embedding": PARAMS["embedding"].at[3, 1].set(jnp.nan)}
+    with pytest.raises(Refused, match="not finite: embedding"):
+        write(tmp_path / "model", broken)
+    assert not (tmp_path / "model/manifest.json").exists()
 
 
 def test_an_unfinished_or_newer_directory_is_refused(folder):

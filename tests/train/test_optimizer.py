@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.base.errors import ConfigError
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize
@@ -24,8 +25,8 @@ def gradients_of(params, seed):
     return jax.tree.unflatten(tree, [jax.random.normal(k, p.shape) for k, p in zip(keys, flat, strict=True)])
 
 
-def updates(definition, params, gradients, kind, steps=2):
-    optimizer = optimizers.make_optimizer(OptimizerConfig(kind=kind), definition)
+def updates(definition, params, gradients, kind, steps=2, **fields):
+    optimizer = optimizers.make_optimizer(OptimizerConfig(kind=kind, **fields), definition)
     state = optimizers.init(optimizer, params)
     direction = None
     for _ in range(steps):
@@ -83,6 +84,27 @@ def test_adamw_first_step_by_hand():
     direction = updates(definition, params, gradients, "adamw", steps=1)
     expected = -jnp.sign(gradients["embedding"]) - 0.1 * params["embedding"]
     np.testing.assert_allclose(direction["embedding"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_embedding_has_a_rate_of_its_own_and_the_common_decay(kind):
+    definition = define_model(MODEL)
+    params = initialize(definition, 0)
+    gradients = gradients_of(params, 2)
+    common = updates(definition, params, gradients, kind)
+    faster = updates(definition, params, gradients, kind, embedding_rate=8.0)
+    decay = 0.1 * params["embedding"]
+    np.testing.assert_allclose(faster["embedding"] + decay, 8 * (common["embedding"] + decay), atol=1e-5)
+    for name in set(params) - {"embedding"}:
+        jax.tree.map(np.testing.assert_array_equal, faster[name], common[name])
+
+
+def test_a_tied_embedding_has_no_rate_of_its_own():
+    import dataclasses
+
+    tied = define_model(dataclasses.replace(MODEL, tied_embeddings=True))
+    with pytest.raises(ConfigError, match="embedding_rate"):
+        optimizers.make_optimizer(OptimizerConfig(embedding_rate=2.0), tied)
 
 
 def test_clip_scales_to_the_limit_and_leaves_small_gradients_alone():

@@ -11,5 +11,11 @@ def test_by_hand():
     assert not stopped_falling([3.0, 3.0, 3.0, 3.0], PlateauConfig()), "off"
 
 
+def test_what_is_not_finite_is_no_improvement():
+    rule = PlateauConfig(evaluations=2)
+    assert stopped_falling([2.0, None, None], rule)
+    assert not stopped_falling([None, None, 2.0], rule)
+
+
 def test_a_rise_counts_as_not_falling():
     assert stopped_falling([2.0, 2.5, 2.6], PlateauConfig(evaluations=2))

@@ -32,7 +32,6 @@ def run_on(monkeypatch, kind: str, platform: str = "tpu", processes: int = 1):
 def test_chips_are_found_by_the_name_that_jax_gives_them(monkeypatch, kind, teraflops):
     run_on(monkeypatch, kind)
     assert throughput.peak_flops_per_second(4, "bfloat16") == pytest.approx(4 * teraflops * 1e12)
-    assert throughput.mfu(teraflops * 1e12, 4, "bfloat16") == pytest.approx(0.25)
 
 
 def test_no_name_hides_a_longer_one():
@@ -43,7 +42,7 @@ def test_no_name_hides_a_longer_one():
 
 def test_an_unknown_chip_has_no_utilization(monkeypatch):
     run_on(monkeypatch, "TPU v99")
-    assert math.isnan(throughput.mfu(1e12, 4, "bfloat16"))
+    assert math.isnan(throughput.peak_flops_per_second(4, "bfloat16"))
 
 
 def test_the_cpu_is_measured_once_and_simulated_devices_do_not_add_up():

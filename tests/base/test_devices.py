@@ -1,0 +1,58 @@
+"""Which surroundings mean several processes."""
+
+import pytest
+
+from jaxlm.base import devices
+from jaxlm.base.errors import UserError
+
+OURS = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    for name in (*OURS, "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_alone(surroundings):
+    assert not devices.distributed()
+    for name, value in (OURS | {"JAX_NUM_PROCESSES": "1"}).items():
+        surroundings.setenv(name, value)
+    assert not devices.distributed()
+
+
+def test_by_our_own_variables_or_those_of_a_slice(surroundings):
+    for name, value in OURS.items():
+        surroundings.setenv(name, value)
+    assert devices.distributed()
+    for name in OURS:
+        surroundings.delenv(name)
+    surroundings.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    assert devices.distributed()
+
+
+@pytest.mark.parametrize("missing", OURS)
+def test_one_variable_missing_is_refused_by_name(surroundings, missing):
+    for name, value in OURS.items():
+        if name != missing:
+            surroundings.setenv(name, value)
+    with pytest.raises(UserError, match=f"without {missing}; all three belong together"):
+        devices.distributed()
+
+
+def test_what_is_no_number_is_refused(surroundings):
+    for name, value in (OURS | {"JAX_NUM_PROCESSES": "two"}).items():
+        surroundings.setenv(name, value)
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES: got 'two'"):
+        devices.distributed()
+
+
+def test_a_tpu_vm_asks_its_metadata_server_unless_told_not_to(surroundings):
+    surroundings.setenv("JAX_PLATFORMS", "tpu")
+    surroundings.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    surroundings.setattr(devices.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    surroundings.setattr(devices.importlib.util, "find_spec", lambda name: object())
+    assert devices.distributed()
+    surroundings.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert not devices.distributed()
