@@ -90,9 +90,9 @@ def test_texts_in_a_list(raw, words):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("words", "\n", "write blanks and commas as a JSON list"),
-        ("words", "a\n,b", "write blanks and commas as a JSON list"),
-        ("words", '["a"', "which is no JSON list"),
+        ("words", "\n", "words: got '\\n'; write blanks and commas as a JSON list"),
+        ("words", "a\n,b", "words: got 'a\\n,b'; write blanks and commas as a JSON list"),
+        ("words", '["a"', "words: got '[\"a\"', which is no JSON list"),
         ("sise", "1", "sise: no such field; did you mean 'size' or 'sizes'?"),
         ("inner.rat", "1", "inner.rat: no such field; did you mean 'rate'?"),
         ("size", "four", "size: got 'four'; a whole number is needed"),
