@@ -199,6 +199,17 @@ def test_two_processes_stop_and_go_on(runner, never_stopped):
 
 
 @pytest.mark.slow
+def test_two_processes_can_share_every_row(runner, never_stopped):
+    """Positions divided among all devices: each process needs all rows, and half of each."""
+    workdir = runner.root / "shared-rows"
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.context=4"]
+    assert runner.run(workdir, *mesh, "--config.loop.stop_at_step=5", processes=2) == 0, runner.log(workdir)
+    losses = [line["train/loss"] for line in lines_of(workdir)]
+    alone = [line["train/loss"] for line in lines_of(never_stopped)[:5]]
+    assert losses == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_goes_on_on_another_mesh_and_layout(runner, never_stopped):
     workdir = runner.root / "moved"
     assert runner.run(workdir, "--config.loop.stop_at_step=60") == 0, runner.log(workdir)
