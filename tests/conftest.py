@@ -1,6 +1,7 @@
 """Every test runs on 8 simulated CPU devices: strict types, no rank promotion, shapes checked, warnings as errors."""
 
 import os
+import tempfile
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,11 @@ from jaxlm.base import devices, logging
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Whole runs compile the same step again and again; one folder for this process and its children, gone with it.
+_cache = tempfile.TemporaryDirectory(prefix="jaxlm-test-cache-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 devices.start()  # as the command line does: eight devices on two cores need it
 
 # Shapes in signatures hold at run time in everything that computes.

@@ -1,5 +1,8 @@
 """The command line as its user sees it: help, errors, exit codes, speed of --help."""
 
+import errno
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -96,6 +99,32 @@ def test_an_unwritable_workdir(capsys, config, tmp_path):
     code, _, err = run(capsys, "tokenizer", f"--config={config}", f"--workdir={tmp_path}/file/w")
     assert code == 2
     assert "cannot be written" in err
+
+
+def test_a_read_only_disk(capsys, config, tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    code, _, err = run(capsys, "tokenizer", f"--config={config}", f"--workdir={tmp_path}/w")
+    assert code == 2
+    assert f"{tmp_path}/w: cannot be written: Read-only file system" in err
+
+
+def test_a_finished_stage_is_not_done_again_from_other_inputs(capsys, packed_rows, tmp_path):
+    root = Path(packed_rows).parent
+    path = tmp_path / "x.py"
+    path.write_text(CONFIG.replace('"nowhere"', f'"{root}/prepare"'))
+    arguments = ["tokenizer", f"--config={path}", f"--workdir={tmp_path}/w"]
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments)[0] == 0
+    other = tmp_path / "other"
+    shutil.copytree(root / "prepare", other)
+    changed = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(changed | {"hash": "0" * 64}))
+    code, _, err = run(capsys, *arguments, f"--config.documents={other}")
+    assert code == 2
+    assert f"began with another content of {other}" in err
 
 
 def test_import_has_no_side_effects():

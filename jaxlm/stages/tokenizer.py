@@ -41,6 +41,7 @@ def inputs(config: TokenizerConfig) -> dict[str, str]:
 def main(config: TokenizerConfig) -> dict[str, Any]:
     """Makes WORKDIR's tokenizer. Raises Refused for a trained one that does not give the documents back exactly."""
     began = time.monotonic()
+    validate(config, device_count=0)
     workdir = epath.Path(config.workdir)
     made_from = manifest.read(config.documents, "documents", "documents")
     manifest.verify(config.documents, made_from)

@@ -61,6 +61,7 @@ def test_stops_when_the_error_has_stopped_falling_and_stays_stopped(config):
     assert model.config.layers == 1
 
 
+@pytest.mark.slow
 def test_the_average_is_measured_and_becomes_the_model(config):
     config = dataclasses.replace(config, optimizer=OptimizerConfig(ema=0.5))
     pretrain.main(config)
@@ -75,12 +76,14 @@ def test_the_average_is_measured_and_becomes_the_model(config):
     assert all(a.logprob != b.logprob for a, b in zip(averaged.score(texts), plain.score(texts), strict=True))
 
 
+@pytest.mark.slow
 def test_traces_the_chosen_steps(config):
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, profile_steps=(4, 5)))
     pretrain.main(config)
     assert list(Path(config.workdir).glob("tensorboard/plugins/profile/*/*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_again_within_the_trace_does_not_end_a_trace_it_never_began(config):
     loop = dataclasses.replace(config.loop, profile_steps=(2, 8), stop_at_step=6)
     pretrain.main(dataclasses.replace(config, loop=loop))
@@ -88,6 +91,7 @@ def test_a_run_that_starts_again_within_the_trace_does_not_end_a_trace_it_never_
     assert lines(config)[-1]["step"] == 12
 
 
+@pytest.mark.slow
 def test_the_watchdog_ends_a_run_whose_data_never_comes(config, packed_rows, tmp_path):
     """In a process of its own, for the watchdog ends the process."""
     import subprocess
@@ -134,6 +138,7 @@ def test_a_run_that_only_skips_steps_is_refused_and_says_so(config, monkeypatch)
     assert not (Path(config.workdir) / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_held_out_figure_that_is_not_finite_does_not_end_the_run(config, monkeypatch):
     real = metrics.values
     monkeypatch.setattr(
@@ -145,6 +150,7 @@ def test_a_held_out_figure_that_is_not_finite_does_not_end_the_run(config, monke
     assert kept["metric"] is None
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_that_was_measured(config):
     checkpoint = CheckpointConfig(every_steps=1, keep_last=1, keep_best=1)
     pretrain.main(dataclasses.replace(config, loop=dataclasses.replace(config.loop, checkpoint=checkpoint)))
@@ -166,6 +172,7 @@ def test_the_plateau_needs_held_out_rows(config, packed_rows, tmp_path):
     assert not any("eval/loss" in line for line in lines(config))
 
 
+@pytest.mark.slow
 def test_a_damaged_step_of_another_layout_falls_back_to_the_one_before(config):
     loop = dataclasses.replace(config.loop, stop_at_step=6)
     pretrain.main(dataclasses.replace(config, loop=loop))
@@ -216,6 +223,7 @@ def test_other_data_under_a_run_is_refused(config, packed_rows, tmp_path):
         pretrain.main(config)
 
 
+@pytest.mark.slow
 def test_the_depth_dial_gives_a_whole_run(config):
     given = dataclasses.replace(config, depth=1, batch_rows=8, steps=2, schedule=ScheduleConfig(warmup_steps=1))
     complete = pretrain.complete(dataclasses.replace(given, model=ModelConfig(compute="float32")))
