@@ -4,8 +4,8 @@
         --config.stages.prepare.sources.train.path='books/*.txt' \\
         --config.stages.prepare.sources.heldout.path='kept/*.txt'
 
-Hardware: any. Batch, learning rate and steps follow from the depth, 180 M tokens in 2,700 steps: a matter of minutes on
-an accelerator. For an evening on a CPU, add --config.stages.pretrain.batch_rows=8 --config.stages.pretrain.steps=1000.
+Hardware: any. Batch, learning rate and steps follow from the depth: 180 M tokens in 2,700 steps, more than a CPU does
+in a day. For a first look on one, add --config.stages.pretrain.batch_rows=8 --config.stages.pretrain.steps=300.
 """
 
 from jaxlm.data.config import MixtureSource, PackConfig
