@@ -140,6 +140,9 @@ def run(name: str, config: configs.StageConfig) -> None:
     """Runs a stage in this process, or as one of several processes where the surroundings say so."""
     from jaxlm.base import devices, logging
 
+    alone = UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
+    if devices.several() and name not in PARALLEL:
+        raise alone
     processes = 1
     if name in ON_DEVICES:
         devices.start()
@@ -148,7 +151,7 @@ def run(name: str, config: configs.StageConfig) -> None:
 
             processes = jax.process_count()
     if processes > 1 and name not in PARALLEL:
-        raise UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
+        raise alone
     if processes > 1:
         import jax
 

@@ -101,6 +101,25 @@ def test_an_unwritable_workdir(capsys, config, tmp_path):
     assert "cannot be written" in err
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "run"])
+def test_a_stage_for_one_process_refuses_several(capsys, config, tmp_path, monkeypatch, name):
+    for variable, value in (("COORDINATOR_ADDRESS", "h:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
+        monkeypatch.setenv(f"JAX_{variable}", value)
+    if name == "run":
+        path = tmp_path / "run.py"
+        path.write_text(
+            "from jaxlm.stages.config import RunConfig\n"
+            + CONFIG.replace("return TokenizerConfig(", "return RunConfig(stages=(TokenizerConfig(").replace(
+                'kind="byte")', 'kind="byte"),))'
+            )
+        )
+        config = str(path)
+    code, _, err = run(capsys, name, f"--config={config}", f"--workdir={tmp_path}/w")
+    assert code == 2
+    assert f"{name}: runs in one process only; several can share pretrain" in err
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_read_only_disk(capsys, config, tmp_path, monkeypatch):
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")

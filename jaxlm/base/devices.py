@@ -12,8 +12,8 @@ SEQUENTIAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def distributed() -> bool:
-    """Whether the surroundings say that this is one of several processes; imports no jax.
+def several() -> bool:
+    """Whether the environment says that this is one of several processes; imports no jax.
 
     Raises UserError when only some of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set: each
     process would take itself for the only one, and all would write into one folder.
@@ -27,13 +27,13 @@ def distributed() -> bool:
             if not os.environ[name].isdecimal():
                 raise UserError(f"{name}: got {os.environ[name]!r}; a whole number is needed")
         return int(os.environ["JAX_NUM_PROCESSES"]) > 1
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def distributed() -> bool:
+    """Whether there are, or may be, other processes: a TPU VM's metadata server knows its workers, if there are any."""
+    if several():
         return True
-    return _tpu_vm()
-
-
-def _tpu_vm() -> bool:
-    """Whether this is a TPU VM, whose metadata server knows the other workers (there may be none)."""
     if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu" or os.environ.get("TPU_SKIP_MDS_QUERY"):
         return False
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")

@@ -33,6 +33,8 @@ def validate(config: RunConfig, device_count: int) -> None:
     from jaxlm.__main__ import load_stage
 
     for stage in resolve(config):
+        if config.only and stage_name(stage) not in config.only:
+            continue
         try:
             load_stage(stage.stage).validate(stage, device_count)
         except ConfigError as error:

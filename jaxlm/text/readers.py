@@ -266,7 +266,7 @@ def _tfds(source: SourceConfig) -> Iterator[tuple[str, str | Reason, str]]:
         raise UserError(f"{field}.text_field: {builder.info.full_name} has no {source.text_field!r}{known}")
     try:
         records = builder.as_data_source(split=source.tfds_split)
-    except (ValueError, OSError, NotImplementedError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         advice = "it must be prepared with file_format='array_record'"
         raise UserError(f"{field}: {builder.info.full_name}: {str(error).splitlines()[0]}; {advice}") from error
     for number in range(len(records)):

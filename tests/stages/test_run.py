@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_nothing_unchanged_is_done_again(config, whole, capsys):
 
 def test_a_changed_stage_and_those_after_it_are_done_again_and_the_old_results_stay(config, whole, tmp_path, capsys):
     copy = tmp_path / "run"
-    os.system(f"cp -r {whole} {copy}")
+    shutil.copytree(whole, copy)
     before = created(copy)
     # The copy lies elsewhere, the paths are others, the content is the same: nothing is done again.
     assert run(config, copy) == 0
@@ -141,7 +142,7 @@ def test_the_runs_manifest_names_the_corpus_and_every_stage(whole):
 
 def test_results_that_were_put_aside_are_not_loaded(whole, tmp_path):
     copy = tmp_path / "run"
-    os.system(f"cp -r {whole} {copy}")
+    shutil.copytree(whole, copy)
     (copy / "pretrain").rename(copy / "pretrain.outdated-1")
     with pytest.raises(UserError, match="holds no finished model"):
         jaxlm.load(copy)
