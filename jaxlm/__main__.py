@@ -124,16 +124,29 @@ def prepare_workdir(config: configs.StageConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.cannot_write(folder, error) from error
-    kept = folder / "config.json"
-    if kept.exists():
-        changed = list(configs.differences(files.read_json(kept).get("identity"), configs.identity(config)))
-        if changed:
-            lines = [f"  {field}: was {old!r}, now {new!r}" for field, old, new in changed]
-            raise UserError(
-                f"--workdir: {folder} belongs to a run with another config; use another folder, or the old values:\n"
-                + "\n".join(lines)
-            )
-    files.write_json(kept, {"config": configs.to_dict(config), "identity": configs.identity(config)})
+    changed = changes(config)
+    if changed:
+        lines = [f"  {field}: was {old!r}, now {new!r}" for field, old, new in changed]
+        raise UserError(
+            f"--workdir: {folder} belongs to a run with another config; use another folder, or the old values:\n"
+            + "\n".join(lines)
+        )
+    kept = {"config": configs.to_dict(config), "identity": configs.identity(config)}
+    kept["continued_identity"] = configs.identity(config, continued=True)
+    files.write_json(folder / "config.json", kept)
+
+
+def changes(config: configs.StageConfig) -> list[tuple[str, Any, Any]]:
+    """(field, old, new) of what keeps `config` from being that of its folder's finished or unfinished results."""
+    from jaxlm.base import files
+
+    folder = Path(config.workdir)
+    if not (folder / "config.json").exists():
+        return []
+    kept = files.read_json(folder / "config.json")
+    if (folder / "manifest.json").exists():
+        return list(configs.differences(kept.get("identity"), configs.identity(config)))
+    return list(configs.differences(kept.get("continued_identity"), configs.identity(config, continued=True)))
 
 
 def run(name: str, config: configs.StageConfig) -> None:

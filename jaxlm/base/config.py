@@ -7,8 +7,9 @@ so every `__post_init__` sees final values:
     >>> override(PretrainConfig(...), {"model.layers": "4"}).model.layers
     4
 
-Fields named in a class's `runtime_fields` may differ between a run and its continuation (mesh, logging): they are
-no part of the run's identity. So are paths of other stages' results: what counts is the hash of their content.
+Fields named in a class's `runtime_fields` do not bear on the result (mesh, logging): they are no part of a run's
+identity. So are paths of other stages' results: what counts is the hash of their content. `changeable_fields` are part
+of it, but an unfinished run may be gone on with other values (a mixture's weights).
 Standard library only: help and config errors must not wait for jax.
 """
 
@@ -323,15 +324,16 @@ def _from_json(value: Any, hint: Any, path: str) -> Any:
     return value
 
 
-def identity(config: Any) -> Any:
-    """`to_dict` without the fields that may differ between a run and its continuation."""
+def identity(config: Any, continued: bool = False) -> Any:
+    """`to_dict` of the fields on which the result depends; `continued`: of those that a continuation must share."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         skipped = getattr(type(config), "runtime_fields", ())
+        skipped += getattr(type(config), "changeable_fields", ()) if continued else ()
         stage = {"stage": config.stage} if isinstance(config, StageConfig) else {}
         kept = [f.name for f in dataclasses.fields(config) if f.name not in skipped]
-        return stage | {name: identity(getattr(config, name)) for name in kept}
+        return stage | {name: identity(getattr(config, name), continued) for name in kept}
     if isinstance(config, tuple | list):
-        return [identity(item) for item in config]
+        return [identity(item, continued) for item in config]
     return config
 
 

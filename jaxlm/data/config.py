@@ -47,11 +47,13 @@ class MixtureSource:
     """Packed rows and their share of the batches."""
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("path",)
+    changeable_fields: ClassVar[tuple[str, ...]] = ("weight",)
 
     path: str
     """A pack stage's folder."""
     weight: float = 1.0
-    """Rows drawn from here, in proportion to the other sources' weights; 0 leaves it out."""
+    """Rows drawn from here, in proportion to the other sources' weights; 0 leaves it out. A stopped run goes on with
+    another weight from the step that it has reached."""
     name: str = ""
     """By which --config.data.NAME.weight reaches it."""
 

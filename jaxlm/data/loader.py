@@ -5,6 +5,7 @@ process takes its own. Nothing is kept between steps, so a run resumes by asking
 """
 
 import collections
+import copy
 import itertools
 import math
 import zlib
@@ -67,13 +68,11 @@ class Loader:
         *,
         global_batch: int,
         seed: int,
-        history: History | None = None,
         own: Sequence[int] | None = None,
         prefetch: int = 2,
     ):
-        """`sources` are (pack folder, weight). `history` says from which step on which weights hold, where they
-        changed in the course of the run; without it the sources' weights hold from step 0. `own`: which of a global
-        batch's rows to load; None: all. `prefetch` counts batches.
+        """`sources` are (pack folder, weight). `own`: which of a global batch's rows to load; None: all. `prefetch`
+        counts batches.
 
         Raises ConfigError or UserError for sources that do not fit together.
         """
@@ -86,16 +85,22 @@ class Loader:
             _require_alike(self.sources[0], source)
         self.row_length = self.sources[0].row_length
         self.tokenizer_hash = self.sources[0].tokenizer_hash
-        self.history: History = history or ((0, tuple(weight for _, weight in sources)),)
-        self.mixture = Mixture(self.history, global_batch)
-        if self.mixture.sources != len(sources):
-            raise ConfigError("history", f"has {self.mixture.sources} weights a step for {len(sources)} sources")
+        self.weights = tuple(weight for _, weight in sources)
+        self.mixture = Mixture(((0, self.weights),), global_batch)
         self.global_batch, self.prefetch = global_batch, prefetch
         self.own = range(global_batch) if own is None else own
         self._orders = [
             grain.MapDataset.source(source).shuffle(seed=zlib.crc32(f"{seed}/{number}".encode())).repeat()
             for number, source in enumerate(self.sources)
         ]
+
+    def with_history(self, history: History) -> "Loader":
+        """The same with the weights of `history`, instead of the sources' from step 0 on."""
+        other = copy.copy(self)
+        other.mixture = Mixture(history, self.global_batch)
+        if other.mixture.sources != len(self.sources):
+            raise ConfigError("history", f"has {other.mixture.sources} weights a step for {len(self.sources)} sources")
+        return other
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The own rows of a step, as the arrays of `Row`, each [len(own), row_length]."""

@@ -15,15 +15,12 @@ History = tuple[tuple[int, tuple[float, ...]], ...]
 
 
 def continued(history: History, step: int, weights: Sequence[float]) -> History:
-    """The history of a run that goes on from `step` with these weights; sources may be new, but none may be gone.
+    """The history of a run that goes on from `step` with these weights.
 
-    >>> continued(((0, (1.0,)),), 500, (1.0, 0.5))
+    >>> continued(((0, (1.0, 0.0)),), 500, (1.0, 0.5))
     ((0, (1.0, 0.0)), (500, (1.0, 0.5)))
     """
-    known = max((len(old) for _, old in history), default=0)
-    if len(weights) < known:
-        raise ConfigError("data", f"has {len(weights)} sources, the run so far {known}; keep all, weight=0 rests one")
-    past = [(start, (*old, *[0.0] * (len(weights) - len(old)))) for start, old in history if start < step]
+    past = [(start, tuple(old)) for start, old in history if start < step]
     if past and past[-1][1] == tuple(weights):
         return tuple(past)
     return (*past, (step, tuple(weights)))

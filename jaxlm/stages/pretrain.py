@@ -296,13 +296,14 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             other_layout=build(dataclasses.replace(config, model=other_layout), mesh).abstract_state,
             model=config.model,
             steps=config.steps,
-            rows=lambda step: (rows for _, rows in loader.batches(step)),
+            weights=loader.weights,
+            rows=lambda step, history: (rows for _, rows in loader.with_history(history).batches(step)),
             batch_rows=config.batch_rows,
             heldout=lambda: heldout_rows(config, mesh),
             heldout_rows=config.batch_rows // config.accumulate,
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
-            identity={"config": files.hash_json(identity(config)), "tokenizer": loader.tokenizer_hash}
+            identity={"config": files.hash_json(identity(config, continued=True)), "tokenizer": loader.tokenizer_hash}
             | {f"data {number}": digest for number, digest in enumerate(read_from.values())},
             plateau=config.plateau,
             # The average is what becomes the model, so it is what is best or stops falling.

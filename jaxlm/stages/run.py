@@ -80,12 +80,12 @@ def _replace_references(value: Any, folders: dict[str, str]) -> Any:
 
 def state_of(config: StageConfig) -> State:
     """How far a stage's folder is; "another config" and "other inputs" say why its content cannot be used."""
-    from jaxlm.__main__ import load_stage
+    from jaxlm.__main__ import changes, load_stage
 
     folder = Path(config.workdir)
     if not (folder / "config.json").exists():
         return "new"
-    if list(configs.differences(files.read_json(folder / "config.json").get("identity"), configs.identity(config))):
+    if changes(config):
         return "another config"
     inputs = load_stage(config.stage).inputs(config)
     if (folder / "manifest.json").exists():

@@ -21,6 +21,7 @@ import numpy as np
 from jaxlm.base import metrics, sharding
 from jaxlm.base.errors import Interrupted, Refused, UserError
 from jaxlm.base.logging import logger, progress
+from jaxlm.data import mixture
 from jaxlm.model.config import ModelConfig
 from jaxlm.train import throughput
 from jaxlm.train.checkpoint import Checkpointer, Restored
@@ -45,8 +46,10 @@ class Task:
     model: ModelConfig
     steps: int
     """of the whole schedule"""
-    rows: Callable[[int], Iterator[Rows]]
-    """step → this process's rows of the batches from there on"""
+    weights: tuple[float, ...]
+    """of the mixture's sources, from the step on at which the run begins or goes on"""
+    rows: Callable[[int, mixture.History], Iterator[Rows]]
+    """step, the mixture's history → this process's rows of the batches from there on"""
     batch_rows: int
     """of the global batch"""
     heldout: Callable[[], Iterable[Rows]]
@@ -90,8 +93,11 @@ def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> O
         if restored:
             logger.info("goes on from step %d of %d", step, task.steps)
             last = step if restored.extra["ended"] else last
+        history = mixture.continued(restored.extra["mixture"] if restored else (), step, task.weights)
+        if len(history) > 1:
+            logger.info("the mixture's weights: %s", ", ".join(f"{w} from step {start}" for start, w in history))
         writer = _on_all(lambda: MetricsWriter(workdir, step))
-        run = _Run(task, config, workdir, checkpoints, writer, watchdog, _Clock(task, peak), figures)
+        run = _Run(task, config, workdir, checkpoints, writer, watchdog, _Clock(task, peak), figures, history)
         try:
             return run.steps(state, step, last, stop)
         finally:
@@ -137,10 +143,11 @@ class _Run:
         watchdog: Watchdog,
         clock: "_Clock",
         figures: list[float | None],
+        history: mixture.History,
     ):
         self.task, self.config, self.workdir = task, config, workdir
         self.checkpoints, self.writer, self.watchdog, self.clock = checkpoints, writer, watchdog, clock
-        self.figures = figures
+        self.figures, self.history = figures, history
         """The best-metric's value at each evaluation so far; None where it was not finite."""
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = -1
@@ -155,7 +162,7 @@ class _Run:
         compiled = self._compile() if step < last else None
         agreement = Agreement(stop)
         self.skipped, self.logged_at = int(state.skipped), step
-        rows = task.rows(step)
+        rows = task.rows(step, self.history)
         clock = self.clock
         clock.restart(step)
         first, began, finished = step, time.monotonic(), step >= last
@@ -244,7 +251,8 @@ class _Run:
         self.watchdog.enter("save")
         self._log()  # the lines up to the saved step are there before it is
         metric = self.evaluation[self.task.best_metric] if self.evaluated_at == step else None
-        self.checkpoints.save(step, state, extra={"figures": self.figures, "ended": ended}, metric=metric)
+        extra = {"figures": self.figures, "ended": ended, "mixture": self.history}
+        self.checkpoints.save(step, state, extra=extra, metric=metric)
 
     def _log(self) -> None:
         """Writes the metrics that were left on the devices an interval ago."""

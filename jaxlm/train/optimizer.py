@@ -40,21 +40,21 @@ def decays(declared: Weight) -> bool:
 
 
 def table(definition: Definition, config: OptimizerConfig) -> list[tuple[str, str, str]]:
-    """(weight, shape, rule and decay) for every weight, as printed at the start of a run."""
-    return [
-        (
-            "/".join(path),
-            " x ".join(map(str, declared.shape)),
-            rule(declared, config)
-            + (
-                f", rate x {config.embedding_rate:g}"
-                if declared.axes[0] == "vocab" and config.embedding_rate != 1
-                else ""
-            )
-            + (f", decay {config.weight_decay:g}" if decays(declared) else ""),
-        )
-        for path, declared in definition
-    ]
+    """(weight, shape, rule and decay) for every weight, as printed at the start of a run.
+
+    The weights of unrolled layers that are alike share a row: ("layers/*/mlp/up", "3 of 256 x 768", ...).
+    """
+    alike: dict[tuple[str, str, str], int] = {}
+    for path, declared in definition:
+        ruled = rule(declared, config)
+        if declared.axes[0] == "vocab" and config.embedding_rate != 1:
+            ruled += f", rate x {config.embedding_rate:g}"
+        if decays(declared):
+            ruled += f", decay {config.weight_decay:g}"
+        name = "/".join("*" if part.isdigit() else part for part in path)
+        row = (name, " x ".join(map(str, declared.shape)), ruled)
+        alike[row] = alike.get(row, 0) + 1
+    return [(name, f"{n} of {shape}" if n > 1 else shape, ruled) for (name, shape, ruled), n in alike.items()]
 
 
 def make_optimizer(config: OptimizerConfig, definition: Definition) -> optax.GradientTransformation:

@@ -98,8 +98,8 @@ def test_the_global_batch_is_the_same_on_any_number_of_processes(folders, proces
 
 def test_changed_weights_go_on_in_each_source_where_it_was(folders):
     sources = [(folders[0], 1.0), (folders[1], 1.0)]
-    changing = Loader(sources, "train", global_batch=4, seed=0, history=((0, (1, 1)), (3, (3, 1)), (5, (0, 1))))
     steady = Loader(sources, "train", global_batch=4, seed=0)
+    changing = steady.with_history(((0, (1, 1)), (3, (3, 1)), (5, (0, 1))))
     assert [tokens(changing.batch(s)) for s in range(3)] == [tokens(steady.batch(s)) for s in range(3)]
     seen = [token for step in range(8) for token in tokens(changing.batch(step))]
     for folder, low in ((folders[0], 100), (folders[1], 200)):
@@ -168,7 +168,7 @@ def test_sources_that_do_not_fit_are_refused(folders, tmp_path):
     with pytest.raises(ConfigError, match="batch_rows: got 0; at least 1 is needed"):
         loader(folders[0], global_batch=0)
     with pytest.raises(ConfigError, match="history: has 1 weights a step for 2 sources"):
-        loader(*folders[:2], history=((0, (1.0,)),))
+        loader(*folders[:2]).with_history(((0, (1.0,)),))
     with pytest.raises(ConfigError, match="data: is empty"):
         loader()
     with pytest.raises(UserError, match="does not exist"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.__main__ import run
 from jaxlm.base import metrics
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
@@ -18,6 +19,7 @@ from jaxlm.data.config import MixtureSource
 from jaxlm.model.config import ModelConfig
 from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig
+from jaxlm.stages.run import state_of
 from jaxlm.train.config import (
     CheckpointConfig,
     LoopConfig,
@@ -170,6 +172,34 @@ def test_the_plateau_needs_held_out_rows(config, packed_rows, tmp_path):
         pretrain.main(dataclasses.replace(without, plateau=PlateauConfig(evaluations=2)))
     pretrain.main(without)
     assert not any("eval/loss" in line for line in lines(config))
+
+
+def test_weights_that_change_on_the_way_are_kept_with_the_checkpoint(config, packed_rows):
+    def go_on(weights, stop_at_step=0, workdir=config.workdir):
+        sources = tuple(MixtureSource(path=packed_rows, weight=weight) for weight in weights)
+        loop = dataclasses.replace(config.loop, stop_at_step=stop_at_step)
+        given = dataclasses.replace(config, data=sources, loop=loop, workdir=workdir)
+        run("pretrain", given)
+        return given
+
+    go_on((1.0, 0.0), stop_at_step=6)
+    assert state_of(go_on((1.0, 1.0), stop_at_step=9)) == "unfinished"
+    finished = go_on((1.0, 1.0))
+    kept = json.loads((Path(config.workdir) / "checkpoints/12/manifest.json").read_text())
+    assert kept["extra"]["mixture"] == [[0, [1.0, 0.0]], [6, [1.0, 1.0]]]
+    # The change counts from step 6, not from the restart at step 9: without that stop it is the same.
+    once = config.workdir + "-once"
+    go_on((1.0, 0.0), 6, once)
+    go_on((1.0, 1.0), 0, once)
+    also = json.loads((Path(once) / "checkpoints/12/manifest.json").read_text())
+    assert also["arrays"] == kept["arrays"]
+    assert also["extra"] == kept["extra"]
+    # A finished run of other weights is another run's.
+    assert state_of(finished) == "done"
+    halved = dataclasses.replace(finished.data[1], weight=0.5)
+    assert state_of(dataclasses.replace(finished, data=(finished.data[0], halved))) == "another config"
+    with pytest.raises(UserError, match=r"data.1.weight: was 1.0, now 0.5"):
+        go_on((1.0, 0.5))
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Each optimizer through the same tests."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,10 +36,16 @@ def updates(definition, params, gradients, kind, steps=2, **fields):
     return direction
 
 
+def test_the_table_names_every_weight_and_unrolled_layers_together():
+    definition = define_model(dataclasses.replace(MODEL, scan_layers=False))
+    rows = {name: (shape, rule) for name, shape, rule in optimizers.table(definition, OptimizerConfig(kind="muon"))}
+    assert set(rows) == {"/".join("*" if part.isdigit() else part for part in path) for path, _ in definition}
+    assert rows["layers/*/mlp/up"] == (f"5 of 16 x {MODEL.feed_forward}", "muon, decay 0.1")
+    assert rows["final_norm/scale"] == ("16", "adamw")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacked_layers_are_updated_as_single_ones(kind):
-    import dataclasses
-
     unrolled = dataclasses.replace(MODEL, scan_layers=False)
     params = initialize(define_model(MODEL), 0)
     gradients = gradients_of(params, 1)
