@@ -119,13 +119,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 @functools.cache
-def own_rows(mesh: Mesh, rows: int) -> list[int]:
+def own_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     """Which of a global batch's rows this process must have: those that lie, whole or in part, on its devices.
 
     Where a row's positions or a layer's heads are divided among hosts (context, tensor), several have the same rows.
     """
     parts: Any = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["context"])).values()
-    return sorted({row for part in parts for row in range(*part[0].indices(rows))})
+    return tuple(sorted({row for part in parts for row in range(*part[0].indices(rows))}))
 
 
 def global_batch(mesh: Mesh, rows: np.ndarray, own: Sequence[int], global_rows: int) -> jax.Array:

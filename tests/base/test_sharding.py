@@ -58,7 +58,7 @@ def test_rows_of_a_process_become_the_global_batch():
     mesh = sharding.make_mesh(MeshConfig(data=8))
     rows = np.arange(16 * 3).reshape(16, 3)
     own = sharding.own_rows(mesh, 16)
-    assert own == list(range(16))
+    assert own == tuple(range(16))
     whole = sharding.global_batch(mesh, rows, own, 16)
     np.testing.assert_array_equal(whole, rows)
     assert whole.sharding.shard_shape((16, 3)) == (2, 3)
