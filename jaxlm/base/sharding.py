@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "norm": (),
+    "criteria": (),
     "batch": ("slices", "data", "fsdp", "expert"),
     "sequence": ("context",),
     "activation_mlp": ("tensor",),
@@ -128,15 +129,19 @@ def own_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
     return tuple(sorted({row for part in parts for row in range(*part[0].indices(rows))}))
 
 
-def global_batch(mesh: Mesh, rows: np.ndarray, own: Sequence[int], global_rows: int) -> jax.Array:
-    """The global array `[global_rows, S]` from this process's `own` rows (all processes call this together)."""
+def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], global_rows: int) -> dict[str, jax.Array]:
+    """Global arrays `[global_rows, S]` from this process's `own_rows` of each (all processes call this together)."""
+    own = own_rows(mesh, global_rows)
     place = {row: at for at, row in enumerate(own)}
 
-    def part(index: Any) -> np.ndarray:
-        first, end, _ = index[0].indices(global_rows)
-        return rows[place[first] : place[first] + end - first, index[1]]
+    def whole(rows: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(global_rows)
+            return rows[place[first] : place[first] + end - first, index[1]]
 
-    return jax.make_array_from_callback((global_rows, rows.shape[1]), batch_sharding(mesh), part)
+        return jax.make_array_from_callback((global_rows, rows.shape[1]), batch_sharding(mesh), part)
+
+    return {name: whole(rows) for name, rows in arrays.items()}
 
 
 def global_array(sharding: NamedSharding, local: np.ndarray, global_shape: tuple[int, ...]) -> jax.Array:

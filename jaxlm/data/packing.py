@@ -7,11 +7,14 @@ with the least room that it fits. Rows stay open over the windows, so the short 
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
-from jaxlm.data.rows import MAX_SEGMENTS, Piece
+from jaxlm.data.rows import MAX_SEGMENTS, Piece, RowReader, RowWriter, encode
 
+UNSHUFFLED = "unshuffled.array_record"
 MAX_OPEN_ROWS = 1024
 MIN_PIECE = 2  # tokens; a piece of one has no target
 
@@ -56,6 +59,50 @@ def pack(pieces: Iterable[Piece], row_length: int, window: int) -> Iterator[list
             yield rows.pop(room.pop(0)[1])
     for slot in room:
         yield rows.pop(slot[1])
+
+
+class Written(NamedTuple):
+    """What `write` came to."""
+
+    rows: int
+    tokens: int
+    """all but padding"""
+    target_tokens: int
+
+
+def write(
+    folder: epath.Path,
+    pieces: Iterable[Piece],
+    *,
+    vocab_size: int,
+    row_length: int,
+    window: int,
+    rows_per_file: int,
+    seed: int,
+) -> Written:
+    """Packs pieces into folder/rows-00000.array_record, …, in an order of the rows that is drawn by the seed.
+
+    First into one file, whose rows are then copied to the final ones: so memory holds one window of documents, however
+    large the corpus. Shuffled, any first rows are a fair sample; packed order begins with the longest documents.
+    """
+    tokens = targets = 0
+    unshuffled = RowWriter(folder / UNSHUFFLED)
+    for row in pack(pieces, row_length, window):
+        unshuffled.write(encode(row, vocab_size))
+        tokens += sum(len(piece.ids) for piece in row)
+        targets += sum(len(p.ids) - 1 if p.targets is None else int(p.targets[1:].sum()) for p in row)
+    unshuffled.close()
+    if unshuffled.rows:
+        reader = RowReader([unshuffled.path])
+        order = np.random.default_rng(seed).permutation(unshuffled.rows)
+        for number, start in enumerate(range(0, unshuffled.rows, rows_per_file)):
+            writer = RowWriter(folder / f"rows-{number:05d}.array_record")
+            for index in order[start : start + rows_per_file]:
+                writer.write(reader[int(index)])
+            writer.close()
+        reader.close()
+    unshuffled.path.unlink()
+    return Written(unshuffled.rows, tokens, targets)
 
 
 def _windows(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:

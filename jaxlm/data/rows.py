@@ -7,7 +7,8 @@ A row is `row_length` tokens, cut into segments, each a document or a piece of o
     positions     0  1  2  3  4    0  1  2  3    0     0
     loss_mask     0  1  1  1  1    0  1  1  1    0     0        1: this token is a target, predicted from the one before
 
-On disk a row is a header, its segments' lengths and documents, and its ids; the rest follows from these.
+On disk a row is a header, its segments' lengths and documents, and its ids; the rest follows from these. Chats, of
+which only the answers are targets, add a bit a token.
 """
 
 import os
@@ -25,7 +26,7 @@ from jaxlm.base import files
 from jaxlm.base.errors import UserError
 
 _HEADER = struct.Struct("<BBH")  # version of this layout, bytes an id, number of segments
-_VERSION = 1
+_VERSION, _WITH_TARGETS = 1, 2
 MAX_SEGMENTS = 2**16 - 1
 
 
@@ -35,6 +36,8 @@ class Piece(NamedTuple):
     ids: np.ndarray
     document: int
     """Its place among the documents of its split, from 0."""
+    targets: np.ndarray | None = None
+    """bool, a token each: which of them are targets; None: all but the first. The first never is one."""
 
 
 class Row(TypedDict):
@@ -47,15 +50,21 @@ class Row(TypedDict):
 
 
 def encode(pieces: Sequence[Piece], vocab_size: int) -> bytes:
-    """A row as it stands on disk: ids take 2 bytes each in a vocabulary of up to 65,536."""
+    """A row as it stands on disk: ids take 2 bytes each in a vocabulary of up to 65,536.
+
+    Either all pieces have `targets` or none has.
+    """
+    bits = [piece.targets for piece in pieces if piece.targets is not None]
+    assert len(bits) in (0, len(pieces))
     width = 2 if vocab_size <= 2**16 else 4
     kind = "<u2" if width == 2 else "<u4"
     return b"".join(
         [
-            _HEADER.pack(_VERSION, width, len(pieces)),
+            _HEADER.pack(_WITH_TARGETS if bits else _VERSION, width, len(pieces)),
             np.array([len(piece.ids) for piece in pieces], "<u4").tobytes(),
             np.array([piece.document for piece in pieces], "<u4").tobytes(),
             *(np.asarray(piece.ids).astype(kind).tobytes() for piece in pieces),
+            np.packbits(np.concatenate(bits)).tobytes() if bits else b"",
         ]
     )
 
@@ -63,12 +72,21 @@ def encode(pieces: Sequence[Piece], vocab_size: int) -> bytes:
 def decode(record: bytes) -> list[Piece]:
     """The inverse of `encode`; ids are int32."""
     version, width, count = _HEADER.unpack_from(record)
-    if version != _VERSION:
-        raise UserError(f"rows of layout {version}; this jaxlm reads {_VERSION}: pack again, or update jaxlm")
+    if version not in (_VERSION, _WITH_TARGETS):
+        raise UserError(
+            f"rows of layout {version}; this jaxlm reads up to {_WITH_TARGETS}: pack again, or update jaxlm"
+        )
     lengths, documents = np.frombuffer(record, "<u4", 2 * count, _HEADER.size).reshape(2, count)
-    ids = np.frombuffer(record, "<u2" if width == 2 else "<u4", offset=_HEADER.size + 8 * count).astype(np.int32)
     ends = np.cumsum(lengths)
-    return [Piece(ids[end - n : end], int(d)) for end, n, d in zip(ends, lengths, documents, strict=True)]
+    total, begin = int(lengths.sum()), _HEADER.size + 8 * count
+    ids = np.frombuffer(record, "<u2" if width == 2 else "<u4", total, begin).astype(np.int32)
+    targets = None
+    if version == _WITH_TARGETS:
+        targets = np.unpackbits(np.frombuffer(record, np.uint8, offset=begin + width * total), count=total).astype(bool)
+    return [
+        Piece(ids[end - n : end], int(d), None if targets is None else targets[end - n : end])
+        for end, n, d in zip(ends, lengths, documents, strict=True)
+    ]
 
 
 def expand(pieces: Sequence[Piece], row_length: int, pad_id: int) -> Row:
@@ -85,7 +103,7 @@ def expand(pieces: Sequence[Piece], row_length: int, pad_id: int) -> Row:
         row["ids"][start:end] = piece.ids
         row["segment_ids"][start:end] = number
         row["positions"][start:end] = np.arange(end - start)
-        row["loss_mask"][start + 1 : end] = True
+        row["loss_mask"][start + 1 : end] = True if piece.targets is None else piece.targets[1:]
         start = end
     return row
 

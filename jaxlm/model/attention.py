@@ -1,5 +1,6 @@
 """Attention: who sees whom, the plain path, the TPU's splash kernel, and the block's attention part."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Bool, Float, Int
+from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import constrain, spec
 from jaxlm.model.config import Attention, ModelConfig
 from jaxlm.model.layers import RMSNorm, Rotation, rotate
@@ -20,6 +22,20 @@ MASKED = -2.0e38
 # the least that it takes, larger ones keep the matrix units busy for longer.
 SPLASH_BLOCK = 128
 SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)
+
+
+def chosen(config: ModelConfig, platform: str, row_length: int) -> ModelConfig:
+    """The config with attention="auto" decided for a platform. Raises ConfigError for rows that splash cannot take."""
+    kind = config.attention
+    if kind == "auto":
+        kind = "splash" if platform == "tpu" else "plain"
+    if kind == "splash" and row_length % SPLASH_BLOCK:
+        raise ConfigError(
+            "model.attention",
+            f"the splash kernel takes rows of a multiple of {SPLASH_BLOCK} tokens, these have {row_length}; "
+            "pack again, or set model.attention=plain",
+        )
+    return dataclasses.replace(config, attention=kind)
 
 
 class Layer(NamedTuple):

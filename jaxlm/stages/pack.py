@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from jaxlm.base import config as configs
@@ -22,13 +21,12 @@ from jaxlm.base import files, logging, manifest
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data import rows
 from jaxlm.data.config import PackConfig
-from jaxlm.data.packing import pack, split
+from jaxlm.data.packing import UNSHUFFLED, split, write
 from jaxlm.text import documents
 from jaxlm.text.config import Split
 from jaxlm.tokenizer.tokenizer import KINDS, Tokenizer, load, save
 
 Config = PackConfig
-UNSHUFFLED = "unshuffled.array_record"
 OUTPUTS = (
     "manifest.json",
     *(f"{split}/{name}" for split in ("train", "heldout") for name in ("rows-*.array_record", UNSHUFFLED)),
@@ -117,30 +115,17 @@ def main(config: PackConfig) -> dict[str, Any]:
 
 
 def _pack_split(config: PackConfig, tokenizer: Tokenizer, part: Split, total: int) -> Counts:
-    """Packs a split's documents into one file, then copies its rows, in an order drawn by the seed, to the final ones.
-
-    The second pass keeps memory at one window of documents, however large the corpus. Shuffled, any first rows are a
-    fair sample; packed order begins with the longest documents.
-    """
     counts = Counts()
-    folder = epath.Path(config.workdir) / part
-    unshuffled = rows.RowWriter(folder / UNSHUFFLED)
-    for row in pack(_pieces(config, tokenizer, part, total, counts), config.row_length, config.window_documents):
-        unshuffled.write(rows.encode(row, tokenizer.vocab_size))
-        counts.tokens += sum(len(piece.ids) for piece in row)
-        counts.target_tokens += sum(len(piece.ids) - 1 for piece in row)
-    unshuffled.close()
-    counts.rows = unshuffled.rows
-    if counts.rows:
-        reader = rows.RowReader([unshuffled.path])
-        order = np.random.default_rng(config.seed).permutation(counts.rows)
-        for number, start in enumerate(range(0, counts.rows, config.rows_per_file)):
-            writer = rows.RowWriter(folder / f"rows-{number:05d}.array_record")
-            for index in order[start : start + config.rows_per_file]:
-                writer.write(reader[int(index)])
-            writer.close()
-        reader.close()
-    unshuffled.path.unlink()
+    written = write(
+        epath.Path(config.workdir) / part,
+        _pieces(config, tokenizer, part, total, counts),
+        vocab_size=tokenizer.vocab_size,
+        row_length=config.row_length,
+        window=config.window_documents,
+        rows_per_file=config.rows_per_file,
+        seed=config.seed,
+    )
+    counts.rows, counts.tokens, counts.target_tokens = written
     logging.logger.info(
         "pack: %s: %d documents (%d split, %d dropped) in %d rows",
         part,

@@ -12,30 +12,25 @@ Time: about 2.5 MB of mostly ASCII text a second on one core. Result, in WORKDIR
 Held-out sources are read first: a train document that repeats one of theirs is the one that is dropped.
 """
 
-import gzip
-import json
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
 
 from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest
-from jaxlm.base.errors import Refused, UserError
-from jaxlm.text import clean, readers
+from jaxlm.base.errors import UserError
+from jaxlm.text import clean, readers, tally
 from jaxlm.text.clean import Reason, Rule
 from jaxlm.text.config import PrepareConfig, SourceConfig
 from jaxlm.text.decontaminate import HeldoutIndex
 from jaxlm.text.dedup import Deduplicator
 from jaxlm.text.documents import Document, ShardWriter
-from jaxlm.text.tally import Tally
+from jaxlm.text.tally import Rejects, Tally
 
 Config = PrepareConfig
 OUTPUTS = ("manifest.json", "report.json", "rejects.jsonl.gz", "train/part-*.jsonl.gz", "heldout/part-*.jsonl.gz")
-REJECT_CHARACTERS = 100_000  # of a bad record are kept aside
 
 
 def validate(config: PrepareConfig, device_count: int) -> None:
@@ -62,23 +57,23 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     rules: list[tuple[str, Rule]] = [*clean.rules(config), ("duplicates", duplicates)]
     tallies: dict[str, Tally] = {}
     facts: dict[str, Any] = {}
-    with _rejects(workdir / "rejects.jsonl.gz") as rejects, logging.progress("prepare") as progress:
+    with tally.rejects(workdir / "rejects.jsonl.gz") as rejects, logging.progress("prepare") as progress:
         for split in ("heldout", "train"):
             if split == "train" and config.ngram_words:
                 rules = [*rules, ("decontamination", heldout.rule(config.max_overlap_share))]
             with ShardWriter(workdir / split, config.shard_bytes) as shards:
                 for source in (s for s in config.sources if s.split == split):
-                    tally = tallies[source.name] = Tally()
-                    for document in _documents(source, config.max_record_bytes, rules, tally, rejects):
+                    counts = tallies[source.name] = Tally()
+                    for document in _documents(source, config.max_record_bytes, rules, counts, rejects):
                         shards.write(document)
                         if split == "heldout" and config.ngram_words:
                             heldout.add(document.text)
                         progress.advance(1, source.name)
             facts[split] = shards.facts()
 
-    report = _report(tallies)
+    report = tally.report(tallies)
     files.write_json(workdir / "report.json", report)
-    _refuse_bad(tallies, config.max_bad_share, workdir)
+    tally.refuse_bad(tallies, config.max_bad_share, workdir / "rejects.jsonl.gz")
     for split in {source.split for source in config.sources}:
         if not facts[split]["documents"]:
             why = ", ".join(f"{name} {count}" for name, count in report["dropped"].items()) or "nothing was read"
@@ -105,46 +100,12 @@ def main(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _documents(
-    source: SourceConfig, max_bytes: int, rules: list[tuple[str, Rule]], tally: Tally, rejects: gzip.GzipFile
+    source: SourceConfig, max_bytes: int, rules: list[tuple[str, Rule]], counts: Tally, rejects: Rejects
 ) -> Iterator[Document]:
     """The documents of a source that the rules keep; its bad records go to `rejects`."""
     for number, record in enumerate(readers.read(source, max_bytes)):
-        outcome = tally.judge(record.where, record.outcome, record.raw, rules)
+        outcome = counts.judge(record.where, record.outcome, record.raw, rules)
         if not isinstance(outcome, Reason):
             yield Document(outcome, record.source, f"{source.name}:{number}")
         elif outcome.bad:
-            reject = {"where": record.where, "reason": outcome.name, "record": record.raw[:REJECT_CHARACTERS]}
-            rejects.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
-
-
-@contextmanager
-def _rejects(path: epath.Path) -> Iterator[gzip.GzipFile]:
-    try:
-        with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as lines:
-            yield lines
-    except OSError as error:
-        raise files.cannot_write(path, error) from error
-
-
-def _report(tallies: dict[str, Tally]) -> dict[str, Any]:
-    dropped = sum((tally.dropped for tally in tallies.values()), Counter())
-    report = {
-        "read": sum(tally.read for tally in tallies.values()),
-        "kept": sum(tally.kept for tally in tallies.values()),
-        "dropped": dict(dropped.most_common()),
-        "sources": {name: tally.report() for name, tally in tallies.items()},
-    }
-    assert report["kept"] + dropped.total() == report["read"], report
-    return report
-
-
-def _refuse_bad(tallies: dict[str, Tally], max_share: float, workdir: epath.Path) -> None:
-    for name, tally in tallies.items():
-        if tally.read == 0:
-            raise UserError(f"sources.{name}: holds no record at all")
-        if tally.bad > max_share * tally.read:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
-            raise Refused(
-                f"sources.{name}: {tally.bad} of {tally.read} records are bad ({reasons}), more than "
-                f"max_bad_share={max_share}; {workdir}/rejects.jsonl.gz holds them, each with its file and line"
-            )
+            rejects.write(record.where, outcome, record.raw)

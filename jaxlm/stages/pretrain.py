@@ -9,33 +9,31 @@ where a stopped run was.
 
 import dataclasses
 import functools
-import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.base import files, manifest, metrics, sharding
+from jaxlm.base import files, manifest, sharding
 from jaxlm.base.config import identity
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
-from jaxlm.data.loader import Loader, RowSource, heldout_batches
-from jaxlm.model.attention import SPLASH_BLOCK
-from jaxlm.model.transformer import apply, define_model, flops_per_token
+from jaxlm.data.loader import Loader
+from jaxlm.model.attention import chosen
+from jaxlm.model.transformer import define_model, flops_per_token
 from jaxlm.stages.config import PretrainConfig
-from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.depth import derive
+from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
 from jaxlm.train.loop import Outcome, Task, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
-from jaxlm.train.state import Program, Shardings, TrainState, initial_state, state_shardings, with_shardings
+from jaxlm.train.state import Program, TrainState, abstract_rows, from_seed, make_program
+from jaxlm.train.update import apply_gradients, gradients_in_pieces
 from jaxlm.train.watchdog import Watchdog
 
 Config = PretrainConfig
@@ -80,7 +78,7 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         )
     if config.row_length and config.row_length != facts["row_length"]:
         raise ConfigError("row_length", f"is {config.row_length}, but the rows have {facts['row_length']} tokens")
-    if not any("heldout" in manifest.read(source.path, "rows").facts for source in config.data):
+    if not any(has_heldout(source.path) for source in config.data):
         if config.plateau.evaluations:
             raise ConfigError("plateau.evaluations", "needs held-out rows, and no source in data has any")
         logger.warning("no source has held-out rows: nothing will be evaluated")
@@ -112,139 +110,26 @@ def train_step(
     count = jnp.maximum(targets, 1).astype(jnp.float32)
 
     def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
-        sums = row_sums(params, rows, definition, config.loss_chunk_tokens)
+        sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
         return (sums.loss + config.z_loss * sums.squared_normalizer) / count, losses.as_metrics(sums)
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
-    if config.accumulate == 1:
-        (loss, measured), gradients = gradient(state.params, batch)
-    else:
-        # Piece a takes rows a, a + A, …: each device splits its own rows, nothing moves between devices.
-        pieces = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, x.shape[1]).swapaxes(0, 1), batch)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, state.params, batch))
-
-        def add(total: Any, rows: dict[str, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.params, rows)), None
-
-        ((loss, measured), gradients), _ = jax.lax.scan(add, zero, pieces)
-
-    norm = optimizers.global_norm(gradients)
-    # A batch without a target has a loss of 0 and a gradient of 0, and would still decay the weights: a bad step too.
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (targets > 0)
-    gradients = optimizers.clip(gradients, norm, config.optimizer.clip_norm)
-    direction, optimizer_state = optimizers.direction(optimizer, gradients, state.optimizer, state.params)
+    (loss, measured), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
+    # A batch without a target has a loss of 0 and a gradient of 0, and would still decay the weights: a bad step.
+    good = jnp.isfinite(loss) & (targets > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    params = jax.tree.map(lambda p, d: p + rate * d, state.params, direction)
-    decay = config.optimizer.ema
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else {}
-
-    kept = TrainState(
-        step=state.step + 1,
-        params=optimizers.where(good, params, state.params),
-        optimizer=optimizers.where(good, optimizer_state, state.optimizer),
-        ema=optimizers.where(good, ema, state.ema),
-        skipped=state.skipped + jnp.where(good, 0, 1),
-    )
-    measured |= {
-        "train/gradient_norm": metrics.scalar(norm),
-        "train/update_norm": metrics.scalar(rate * optimizers.global_norm(direction)),
-        "train/parameter_norm": metrics.scalar(optimizers.global_norm(state.params)),
-        "train/learning_rate": metrics.scalar(rate),
-        "train/skipped_steps": metrics.scalar(kept.skipped),
-    }
-    return kept, measured
-
-
-def row_sums(params: Any, rows: dict[str, jax.Array], definition: Any, chunk_tokens: int) -> losses.TokenSums:
-    """Loss sums over the targets of `rows`; the logits of `chunk_tokens` positions at a time, or of all at once."""
-    hidden = apply(definition, params, lambda m: m(rows["ids"], rows["segment_ids"], rows["positions"])[0])
-    targets, counted = losses.targets_of(rows["ids"], rows["loss_mask"])
-    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
-
-    def sums(flat: Any) -> losses.TokenSums:
-        logits = apply(definition, params, lambda m: m.logits(flat[0]))
-        return losses.token_sums(logits, flat[1], flat[2])
-
-    tokens = flat[1].shape[0]
-    if not chunk_tokens or tokens <= chunk_tokens:
-        return sums(flat)
-    # Chunk c takes tokens c, c + C, …, so that each is spread over the devices as the batch is.
-    chunks = jax.tree.map(lambda x: x.reshape(chunk_tokens, -1, *x.shape[1:]).swapaxes(0, 1), flat)
-    each = jax.lax.map(jax.checkpoint(sums), chunks)
-    return jax.tree.map(jnp.sum, each)
-
-
-def evaluate_batch(params: Any, batch: dict[str, jax.Array], *, definition: Any, chunk_tokens: int) -> dict[str, Mean]:
-    """Held-out sums of one batch; its "bytes" are those that each token stands for, int32 `[B, S]`."""
-    sums = row_sums(params, batch, definition, chunk_tokens)
-    bytes_ = jnp.sum(jnp.where(batch["loss_mask"], batch["bytes"], 0)).astype(jnp.float32)
-    return {
-        "eval/loss": Mean(sums.loss, sums.targets),
-        "eval/bits_per_byte": Mean(sums.loss / math.log(2), bytes_),
-        "eval/accuracy": Mean(sums.correct, sums.targets),
-    }
+    state, norms = apply_gradients(state, gradients, good, rate, optimizer, config.optimizer)
+    return state, measured | norms
 
 
 def build(config: PretrainConfig, mesh: Mesh) -> Program:
     """The compiled-once step with pinned shardings, for a complete config; nothing is allocated here."""
-    attention = config.model.attention
-    if attention == "auto":
-        attention = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
-    if attention == "splash" and config.row_length % SPLASH_BLOCK:
-        raise ConfigError(
-            "model.attention",
-            f"the splash kernel takes rows of a multiple of {SPLASH_BLOCK} tokens, these have {config.row_length}; "
-            "pack again, or set model.attention=plain",
-        )
-    definition = define_model(dataclasses.replace(config.model, attention=attention))
+    definition = define_model(chosen(config.model, mesh.devices.flat[0].platform, config.row_length))
     optimizer = optimizers.make_optimizer(config.optimizer, definition)
-
-    make = functools.partial(initial_state, definition, optimizer, config.seed, config.optimizer.ema > 0)
-    abstract = jax.eval_shape(make)
-    placed = state_shardings(abstract, definition, mesh)
-    rows = sharding.batch_sharding(mesh)
-    shape = (config.batch_rows, config.row_length)
-    int_rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    abstract_batch = {
-        "ids": int_rows,
-        "segment_ids": int_rows,
-        "positions": int_rows,
-        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
-    }
-    batch_placed = dict.fromkeys(abstract_batch, rows)
-    heldout_placed = batch_placed | {"bytes": rows}
     step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
-    evaluate = functools.partial(evaluate_batch, definition=definition, chunk_tokens=config.loss_chunk_tokens)
-    whole = sharding.replicated(mesh)
-    return Program(
-        step=jax.jit(step, in_shardings=(placed, batch_placed), out_shardings=(placed, whole), donate_argnums=0),
-        evaluate=jax.jit(evaluate, in_shardings=(placed.params, heldout_placed), out_shardings=whole),
-        initialize=jax.jit(make, out_shardings=placed),
-        abstract_state=with_shardings(abstract, placed),
-        abstract_batch=abstract_batch,
-        shardings=Shardings(placed, batch_placed),
-        mesh=mesh,
+    rows = abstract_rows(mesh, config.batch_rows, config.row_length)
+    return make_program(
+        step, definition, optimizer, rows, mesh, ema=config.optimizer.ema > 0, start=from_seed(definition, config.seed)
     )
-
-
-def heldout_rows(config: PretrainConfig, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the held-out batches of all sources, with the bytes that each token stands for.
-
-    A batch has the rows of one piece of a step: what fits in training fits in evaluation.
-    """
-    count = config.batch_rows // config.accumulate
-    for source in config.data:
-        if "heldout" not in manifest.read(source.path, "rows").facts:
-            continue
-        token_bytes = tokenizers.load(f"{source.path}/tokenizer").token_bytes()
-        rows = heldout_batches(
-            RowSource(source.path, "heldout"),
-            count,
-            own=sharding.own_rows(mesh, count),
-            limit=config.heldout_batches or None,
-        )
-        for batch, _ in rows:
-            yield batch | {"bytes": token_bytes[batch["ids"]]}
 
 
 def announce(config: PretrainConfig, mesh: Mesh) -> None:
@@ -297,10 +182,19 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             model=config.model,
             steps=config.steps,
             weights=loader.weights,
-            rows=lambda step, history: (rows for _, rows in loader.with_history(history).batches(step)),
-            batch_rows=config.batch_rows,
-            heldout=lambda: heldout_rows(config, mesh),
-            heldout_rows=config.batch_rows // config.accumulate,
+            batches=lambda step, history: (
+                sharding.global_batch(mesh, rows, config.batch_rows)
+                for _, rows in loader.with_history(history).batches(step)
+            ),
+            # A piece of a step: what fits in training fits in evaluation.
+            evaluate=evaluator(
+                program,
+                define_model(config.model),
+                [HeldoutSet([source.path for source in config.data])],
+                batch_rows=config.batch_rows // config.accumulate,
+                limit=config.heldout_batches,
+                chunk_tokens=config.loss_chunk_tokens,
+            ),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
             identity={"config": files.hash_json(identity(config, continued=True)), "tokenizer": loader.tokenizer_hash}

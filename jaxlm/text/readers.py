@@ -59,6 +59,43 @@ def read(source: SourceConfig, max_bytes: int) -> Iterator[Record]:
                 raise UserError(f"{path}: cannot be read to its end: {error}; is the file cut off?") from error
 
 
+class ObjectRecord(NamedTuple):
+    where: str
+    value: dict[str, Any] | Reason
+    raw: str
+    """As in `Record`."""
+
+
+def read_objects(source: SourceConfig, max_bytes: int) -> Iterator[ObjectRecord]:
+    """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet or TFDS."""
+    if source.format == "tfds":
+        builder, records = _tfds_records(source)
+        for number in range(len(records)):
+            yield ObjectRecord(f"{builder.info.full_name}:{number}", _plain(records[number]), "")
+        return
+    for path, reader in _files(source):
+        objects = OBJECT_READERS.get(reader)
+        if objects is None:
+            raise UserError(f"{path}: holds text, not objects; .jsonl, .parquet or .array_record is needed here")
+        try:
+            for number, value, raw in objects(path, max_bytes):
+                shown = raw.decode(errors="backslashreplace") if isinstance(value, Reason) else ""
+                yield ObjectRecord(f"{path}:{number}", value, shown)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read to its end: {error}; is the file cut off?") from error
+
+
+def _plain(value: Any) -> Any:
+    """What TFDS gives, in JSON's types; a sequence of objects comes as an object of sequences and is turned round."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def inputs(source: SourceConfig) -> dict[str, str]:
     """What the source consists of → a hash or version of each."""
     if source.format == "installed_docs":
@@ -68,9 +105,10 @@ def inputs(source: SourceConfig) -> dict[str, str]:
     return {str(path): files.sha256(path) for path, _ in _files(source)}
 
 
-# A file's reader gives (line or row, (outcome, raw)).
+# A file's reader gives (line or row, (outcome, raw)), or (line or row, object, raw) for whole objects.
 _Outcome = tuple[str | Reason, str]
 _Reader = Callable[[epath.Path, str, int], Iterator[tuple[int, _Outcome]]]
+_Object = tuple[int, dict[str, Any] | Reason, Any]
 
 
 def _files(source: SourceConfig) -> list[tuple[epath.Path, _Reader]]:
@@ -101,28 +139,35 @@ def _kind(path: epath.Path) -> str:
 
 
 def _jsonl(path: epath.Path, text_field: str, max_bytes: int) -> Iterator[tuple[int, _Outcome]]:
+    for number, value, raw in _jsonl_objects(path, max_bytes):
+        yield number, _with_raw(_text_of(value, text_field), raw)
+
+
+def _text_of(value: dict[str, Any] | Reason, text_field: str) -> str | Reason:
+    if isinstance(value, Reason):
+        return value
+    return _checked(value[text_field]) if text_field in value else Reason("no_text_field", bad=True)
+
+
+def _jsonl_objects(path: epath.Path, max_bytes: int) -> Iterator[_Object]:
     with path.open("rb") as file:
         for number, line in enumerate(_lines(_blocks(file, path.name), max_bytes), 1):
             if number == 1 and line is not None:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line is None:
-                yield number, (TOO_LARGE, "")
+                yield number, TOO_LARGE, b""
             elif line.strip():
-                yield number, _with_raw(_from_json(line, text_field), line)
+                yield number, _from_json(line), line
 
 
-def _from_json(line: bytes, text_field: str) -> str | Reason:
+def _from_json(line: bytes) -> dict[str, Any] | Reason:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
         return BROKEN_UTF8
     except (ValueError, RecursionError):
         return Reason("malformed_json", bad=True)
-    if not isinstance(record, dict):
-        return Reason("not_a_json_object", bad=True)
-    if text_field not in record:
-        return Reason("no_text_field", bad=True)
-    return _checked(record[text_field])
+    return record if isinstance(record, dict) else Reason("not_a_json_object", bad=True)
 
 
 def _checked(value: Any) -> str | Reason:
@@ -224,7 +269,7 @@ def _parquet(path: epath.Path, text_field: str, max_bytes: int) -> Iterator[tupl
             raise UserError(f"{path}: is not a whole Parquet file: {error}") from error
 
 
-def _array_record(path: epath.Path, text_field: str, max_bytes: int) -> Iterator[tuple[int, _Outcome]]:
+def _array_record_objects(path: epath.Path, max_bytes: int) -> Iterator[_Object]:
     """JSON objects in ArrayRecord, numbered from 0 as everywhere in that format."""
     module = _optional("array_record.python.array_record_module", "ArrayRecord files")
     try:
@@ -233,11 +278,15 @@ def _array_record(path: epath.Path, text_field: str, max_bytes: int) -> Iterator
         for start in range(0, total, 256):
             batch = reader.read(list(range(start, min(start + 256, total))))
             for number, record in enumerate(batch, start):
-                too_large = len(record) > max_bytes
-                yield number, (TOO_LARGE, "") if too_large else _with_raw(_from_json(record, text_field), record)
+                yield (number, TOO_LARGE, b"") if len(record) > max_bytes else (number, _from_json(record), record)
         reader.close()
     except RuntimeError as error:
         raise UserError(f"{path}: is not a whole ArrayRecord file: {error}") from error
+
+
+def _array_record(path: epath.Path, text_field: str, max_bytes: int) -> Iterator[tuple[int, _Outcome]]:
+    for number, value, raw in _array_record_objects(path, max_bytes):
+        yield number, _with_raw(_text_of(value, text_field), raw)
 
 
 READERS: dict[str, _Reader] = {
@@ -249,6 +298,28 @@ READERS: dict[str, _Reader] = {
 }
 
 
+def _parquet_objects(path: epath.Path, max_bytes: int) -> Iterator[_Object]:
+    """Rows as objects; a row of more than `max_bytes` is read with its group all the same, and then passed over."""
+    parquet, pyarrow = _optional("pyarrow.parquet", "Parquet files"), _optional("pyarrow", "Parquet files")
+    with path.open("rb") as file:
+        try:
+            number = 0
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    given = {key: value for key, value in row.items() if value is not None}
+                    yield number, TOO_LARGE if len(str(given)) > max_bytes else given, b""
+        except (pyarrow.lib.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: is not a whole Parquet file: {error}") from error
+
+
+OBJECT_READERS: dict[_Reader, Callable[[epath.Path, int], Iterator[_Object]]] = {
+    _jsonl: _jsonl_objects,
+    _array_record: _array_record_objects,
+    _parquet: _parquet_objects,
+}
+
+
 def _tfds_builder(source: SourceConfig) -> Any:
     tfds = _optional("tensorflow_datasets", "TFDS datasets")
     try:
@@ -257,18 +328,23 @@ def _tfds_builder(source: SourceConfig) -> Any:
         raise UserError(f"sources.{source.name}.path: {str(error).splitlines()[0]}") from error
 
 
-def _tfds(source: SourceConfig) -> Iterator[tuple[str, str | Reason, str]]:
-    """A prepared TFDS dataset, by random access, without TensorFlow."""
+def _tfds_records(source: SourceConfig) -> tuple[Any, Any]:
+    """(builder, records by random access) of a prepared TFDS dataset, without TensorFlow."""
     builder = _tfds_builder(source)
-    field = f"sources.{source.name}"
+    try:
+        return builder, builder.as_data_source(split=source.tfds_split)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        where = f"sources.{source.name}: {builder.info.full_name}"
+        advice = "it must be prepared with file_format='array_record'"
+        raise UserError(f"{where}: {str(error).splitlines()[0]}; {advice}") from error
+
+
+def _tfds(source: SourceConfig) -> Iterator[tuple[str, str | Reason, str]]:
+    builder, records = _tfds_records(source)
     if source.text_field not in builder.info.features:
         known = nearest(source.text_field, builder.info.features)
-        raise UserError(f"{field}.text_field: {builder.info.full_name} has no {source.text_field!r}{known}")
-    try:
-        records = builder.as_data_source(split=source.tfds_split)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        advice = "it must be prepared with file_format='array_record'"
-        raise UserError(f"{field}: {builder.info.full_name}: {str(error).splitlines()[0]}; {advice}") from error
+        where = f"sources.{source.name}.text_field: {builder.info.full_name}"
+        raise UserError(f"{where} has no {source.text_field!r}{known}")
     for number in range(len(records)):
         value = records[number][source.text_field]
         yield f"{builder.info.full_name}:{number}", *_with_raw(_checked(value), value)

@@ -12,13 +12,12 @@ The order at the start, which is also the order of resuming:
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxlm.base import metrics, sharding
+from jaxlm.base import metrics
 from jaxlm.base.errors import Interrupted, Refused, UserError
 from jaxlm.base.logging import logger, progress
 from jaxlm.data import mixture
@@ -33,8 +32,6 @@ from jaxlm.train.signals import Agreement, Stop, stop_on_signals
 from jaxlm.train.state import Program, convert_layout
 from jaxlm.train.watchdog import Watchdog
 
-Rows = dict[str, np.ndarray]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -48,14 +45,10 @@ class Task:
     """of the whole schedule"""
     weights: tuple[float, ...]
     """of the mixture's sources, from the step on at which the run begins or goes on"""
-    rows: Callable[[int, mixture.History], Iterator[Rows]]
-    """step, the mixture's history → this process's rows of the batches from there on"""
-    batch_rows: int
-    """of the global batch"""
-    heldout: Callable[[], Iterable[Rows]]
-    """() → this process's rows of the held-out batches"""
-    heldout_rows: int
-    """of a global held-out batch"""
+    batches: Callable[[int, mixture.History], Iterator[Any]]
+    """step, the mixture's history → the global batches from there on"""
+    evaluate: Callable[[Any], dict[str, float]]
+    """state → held-out figures; none where nothing is held out"""
     tokens_per_step: int
     flops_per_token: float
     identity: Mapping[str, str]
@@ -162,7 +155,7 @@ class _Run:
         compiled = self._compile() if step < last else None
         agreement = Agreement(stop)
         self.skipped, self.logged_at = int(state.skipped), step
-        rows = task.rows(step, self.history)
+        batches = task.batches(step, self.history)
         clock = self.clock
         clock.restart(step)
         first, began, finished = step, time.monotonic(), step >= last
@@ -172,7 +165,7 @@ class _Run:
                 self.watchdog.enter("step")
                 self._profile(step, state)
                 clock.wait_begins()
-                batch = self._global(next(rows), task.batch_rows)
+                batch = next(batches)
                 clock.wait_ends()
                 assert compiled is not None
                 state, measured = compiled(state, batch)
@@ -210,26 +203,13 @@ class _Run:
         logger.info("step compiled in %.1f s; a device needs %.2f GiB", time.monotonic() - began, size / 2**30)
         return compiled
 
-    def _global(self, rows: Rows, count: int) -> dict[str, jax.Array]:
-        """This process's rows → the arrays of a global batch of `count` rows."""
-        mesh = self.task.program.mesh
-        own = sharding.own_rows(mesh, count)
-        return {name: sharding.global_batch(mesh, x, own, count) for name, x in rows.items()}
-
     def _evaluate(self, state: Any, step: int, log: bool = True) -> bool:
-        """Held-out figures of the parameters, and of their average; True when the plateau rule says to stop."""
+        """Takes the held-out figures; True when the plateau rule says to stop."""
         if log:
             self._log()  # before evaluating, whose time is none of the steps'
         self.watchdog.enter("eval")
-        found = self._heldout_sums(state.params)
-        if not found:
-            return False
-        self.evaluation = metrics.values(found)
-        if state.ema:
-            average = metrics.values(self._heldout_sums(state.ema))
-            for name in ("loss", "bits_per_byte"):
-                self.evaluation[f"eval/ema_{name}"] = average[f"eval/{name}"]
-        if not log:
+        self.evaluation = self.task.evaluate(state)
+        if not self.evaluation or not log:
             return False
         self.writer.write(step, step * self.task.tokens_per_step, self.evaluation)
         self.evaluated_at = step
@@ -238,13 +218,6 @@ class _Run:
         figure = self.evaluation[self.task.best_metric]
         self.figures.append(figure if math.isfinite(figure) else None)
         return stopped_falling(self.figures, self.task.plateau)
-
-    def _heldout_sums(self, params: Any) -> dict[str, metrics.Mean]:
-        total: dict[str, metrics.Mean] = {}
-        for rows in self.task.heldout():
-            found = self.task.program.evaluate(params, self._global(rows, self.task.heldout_rows))
-            total = metrics.merge(total, found) if total else found
-        return total
 
     def _save(self, state: Any, step: int, ended: bool = False) -> None:
         """`ended`: the plateau was reached, so that starting again does not train on."""

@@ -1,12 +1,14 @@
 """Losses as sums over counted units, never as means: the caller divides once, by the global batch's count."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.base.arrays import Array, Bool, Float32, Int
 from jaxlm.base.metrics import Mean
+from jaxlm.model.weights import Definition, Params, apply
 
 
 class TokenSums(NamedTuple):
@@ -63,6 +65,24 @@ def token_losses(logits: Float32[Array, "N V"], targets: Int[Array, "N"]) -> Tok
     picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     highest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
     return TokenLosses(normalizer - picked, normalizer, jax.lax.stop_gradient(picked) >= highest)
+
+
+def row_sums(params: Params, rows: Mapping[str, Array], definition: Definition, chunk_tokens: int = 0) -> TokenSums:
+    """Loss sums over the targets of packed `rows`; the logits of `chunk_tokens` positions at a time, or of all."""
+    hidden = apply(definition, params, lambda m: m(rows["ids"], rows["segment_ids"], rows["positions"])[0])
+    targets, counted = targets_of(rows["ids"], rows["loss_mask"])
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
+
+    def sums(flat: Any) -> TokenSums:
+        return token_sums(apply(definition, params, lambda m: m.logits(flat[0])), flat[1], flat[2])
+
+    tokens = flat[1].shape[0]
+    if not chunk_tokens or tokens <= chunk_tokens:
+        return sums(flat)
+    # Chunk c takes tokens c, c + C, …, so that each is spread over the devices as the batch is.
+    chunks = jax.tree.map(lambda x: x.reshape(chunk_tokens, -1, *x.shape[1:]).swapaxes(0, 1), flat)
+    each = jax.lax.map(jax.checkpoint(sums), chunks)
+    return jax.tree.map(jnp.sum, each)
 
 
 def as_metrics(sums: TokenSums) -> dict[str, Mean]:

@@ -40,8 +40,6 @@ class Program(NamedTuple):
 
     step: Any
     """a jitted function (state, batch) → (state, metrics); compiled once, donates the state"""
-    evaluate: Any
-    """a jitted function (params, batch) → metrics over one held-out batch"""
     initialize: Callable[[], Any]
     """() → the state before the first step, made in place on the mesh"""
     abstract_state: Any
@@ -51,8 +49,58 @@ class Program(NamedTuple):
     mesh: Mesh
 
 
-def initial_state(definition: Definition, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
-    params = initialize(definition, seed)
+def make_program(
+    step: Callable[..., Any],
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    *,
+    ema: bool,
+    start: Callable[[Any], Params],
+) -> Program:
+    """The step with pinned shardings, of a state with this optimizer; nothing is computed or allocated here.
+
+    `batch` are its abstract arrays with their shardings. `start` makes the first parameters, given their shardings:
+    `from_seed`, or a function that reads them.
+    """
+
+    def initial(params: Params) -> TrainState:
+        return initial_state(params, optimizer, ema)
+
+    abstract = jax.eval_shape(initial, definition.abstract())
+    placed = state_shardings(abstract, definition, mesh)
+    batch_placed = {name: x.sharding for name, x in batch.items()}
+
+    return Program(
+        step=jax.jit(
+            step,
+            in_shardings=(placed, batch_placed),
+            out_shardings=(placed, sharding.replicated(mesh)),
+            donate_argnums=0,
+        ),
+        initialize=lambda: jax.jit(initial, out_shardings=placed, donate_argnums=0)(start(placed.params)),
+        abstract_state=with_shardings(abstract, placed),
+        abstract_batch=batch,
+        shardings=Shardings(placed, batch_placed),
+        mesh=mesh,
+    )
+
+
+def from_seed(definition: Definition, seed: int) -> Callable[[Any], Params]:
+    """shardings → initial parameters, made in place."""
+    return lambda placed: jax.jit(lambda: initialize(definition, seed), out_shardings=placed)()
+
+
+def abstract_rows(mesh: Mesh, rows: int, row_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a global batch of packed rows."""
+    placed = sharding.batch_sharding(mesh)
+    make = lambda kind: jax.ShapeDtypeStruct((rows, row_length), kind, sharding=placed)
+    whole_numbers = {name: make(jnp.int32) for name in ("ids", "segment_ids", "positions")}
+    return whole_numbers | {"loss_mask": make(jnp.bool_)}
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
     return TrainState(
         step=jnp.int32(0),
         params=params,

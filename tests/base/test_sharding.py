@@ -59,7 +59,7 @@ def test_rows_of_a_process_become_the_global_batch():
     rows = np.arange(16 * 3).reshape(16, 3)
     own = sharding.own_rows(mesh, 16)
     assert own == tuple(range(16))
-    whole = sharding.global_batch(mesh, rows, own, 16)
+    whole = sharding.global_batch(mesh, {"ids": rows}, 16)["ids"]
     np.testing.assert_array_equal(whole, rows)
     assert whole.sharding.shard_shape((16, 3)) == (2, 3)
     assert sharding.batch_pieces(mesh.shape) == 8

@@ -68,7 +68,7 @@ def test_stored_rows_come_back(ids, vocab_size):
 def test_a_row_of_a_later_layout_is_refused():
     stored = bytearray(rows.encode([Piece(np.array([1, 2]), 0)], 100))
     stored[0] = 9
-    with pytest.raises(UserError, match="rows of layout 9; this jaxlm reads 1"):
+    with pytest.raises(UserError, match="rows of layout 9; this jaxlm reads up to 2"):
         rows.decode(bytes(stored))
 
 

@@ -1,0 +1,73 @@
+"""The parts of a step that every stage takes the same way: gradients in pieces, and what becomes of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.base import metrics
+from jaxlm.base.arrays import Array, Bool, Float32
+from jaxlm.base.metrics import Mean
+from jaxlm.model.weights import Params
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.config import OptimizerConfig
+from jaxlm.train.state import TrainState
+
+Objective = Callable[[Params, Any], tuple[jax.Array, dict[str, Mean]]]
+
+
+def gradients_in_pieces(
+    objective: Objective, params: Params, batch: Any, pieces: int
+) -> tuple[tuple[jax.Array, dict[str, Mean]], Params]:
+    """((objective, metrics), gradients) over a batch of rows `[B, …]`, worked off in `pieces`, one after the other.
+
+    The objective of a piece is a sum over its rows, so pieces and devices only add.
+    """
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    if pieces == 1:
+        return gradient(params, batch)
+    # Piece a takes rows a, a + A, …: each device splits its own rows, nothing moves between devices.
+    each = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, params, batch))
+
+    def add(total: Any, rows: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, rows)), None
+
+    return jax.lax.scan(add, zero, each)[0]
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: Params,
+    good: Bool[Array, ""],
+    rate: Float32[Array, ""],
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+) -> tuple[TrainState, dict[str, Mean]]:
+    """The state after one more step: clipped gradients through the optimizer, and the average of the parameters.
+
+    A step that is not `good`, or whose gradient is not finite, changes nothing but the counts.
+    """
+    norm = optimizers.global_norm(gradients)
+    good &= jnp.isfinite(norm)
+    gradients = optimizers.clip(gradients, norm, config.clip_norm)
+    direction, optimizer_state = optimizers.direction(optimizer, gradients, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, d: p + rate * d, state.params, direction)
+    decay = config.ema
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else {}
+    kept = TrainState(
+        step=state.step + 1,
+        params=optimizers.where(good, params, state.params),
+        optimizer=optimizers.where(good, optimizer_state, state.optimizer),
+        ema=optimizers.where(good, ema, state.ema),
+        skipped=state.skipped + jnp.where(good, 0, 1),
+    )
+    return kept, {
+        "train/gradient_norm": metrics.scalar(norm),
+        "train/update_norm": metrics.scalar(rate * optimizers.global_norm(direction)),
+        "train/parameter_norm": metrics.scalar(optimizers.global_norm(state.params)),
+        "train/learning_rate": metrics.scalar(rate),
+        "train/skipped_steps": metrics.scalar(kept.skipped),
+    }
