@@ -28,14 +28,15 @@ STAGES = {
     "tokenizer": Stage("jaxlm.stages.tokenizer", "jaxlm.tokenizer.config:TokenizerConfig", "documents → vocabulary"),
     "pack": Stage("jaxlm.stages.pack", "jaxlm.data.config:PackConfig", "documents → rows of tokens"),
     "pretrain": Stage("jaxlm.stages.pretrain", "jaxlm.stages.config:PretrainConfig", "rows → base model"),
+    "sft": Stage("jaxlm.stages.sft", "jaxlm.stages.config:SFTConfig", "base model + chats → assistant"),
     "sample": Stage("jaxlm.stages.sample", "jaxlm.sample.config:SampleConfig", "model + prompts → completions"),
     "evaluate": Stage("jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts → bits per byte"),
     "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
 }
 
 # Stages that use devices, and those of them that several processes can run together.
-ON_DEVICES = ("pretrain", "sample", "evaluate", "run")
-PARALLEL = ("pretrain",)
+ON_DEVICES = ("pretrain", "sft", "sample", "evaluate", "run")
+PARALLEL = ("pretrain", "sft")
 
 USAGE = """\
 python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]

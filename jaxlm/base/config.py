@@ -321,6 +321,8 @@ def _from_json(value: Any, hint: Any, path: str) -> Any:
         if isinstance(value, list) and typing.get_origin(option) is tuple:
             inner = typing.get_args(option)[0]
             return tuple(_from_json(item, inner, f"{path}.{index}") for index, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     return value
 
 

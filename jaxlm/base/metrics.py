@@ -27,6 +27,9 @@ NAMES = {
     "eval/loss": "cross-entropy on held-out rows, nats per counted token",
     "eval/bits_per_byte": "bits a UTF-8 byte of held-out text",
     "eval/accuracy": "share of held-out tokens predicted right",
+    "eval/general_loss": "eval/loss on chats of another kind than those trained on",
+    "eval/general_bits_per_byte": "eval/bits_per_byte on them",
+    "eval/general_accuracy": "eval/accuracy on them",
     "eval/ema_loss": "eval/loss of the averaged parameters",
     "eval/ema_bits_per_byte": "eval/bits_per_byte of the averaged parameters",
 }

@@ -5,6 +5,7 @@ import math
 from typing import ClassVar, Literal
 
 from jaxlm.base.config import StageConfig, check
+from jaxlm.text.config import SourceConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,45 @@ class PackConfig(StageConfig):
         check(self.row_length >= 8, "row_length", f"got {self.row_length}; 8 or more is needed")
         for field in ("window_documents", "rows_per_file"):
             check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
+        check(self.seed >= 0, "seed", f"got {self.seed}; 0 or more is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSource(SourceConfig):
+    """Where some of the chats come from: JSONL, ArrayRecord, Parquet or TFDS, with messages, or prompt and completion.
+
+    `split="heldout"` measures; train chats that are equal to a held-out one are dropped.
+    """
+
+    general: bool = False
+    """Held-out chats of another kind, measured apart (eval/general_loss): what a narrow training forgets."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.format not in ("text", "markdown", "installed_docs"),
+            "format",
+            f"got {self.format!r}; chats are objects: jsonl, parquet, array_record or tfds is needed",
+        )
+        check(not self.general or self.split == "heldout", "general", "is measured only; set split='heldout' too")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatRowsConfig:
+    """How chats become rows."""
+
+    long_chats: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a chat that is longer than a row. A cut answer has no stop token: none is made up."""
+    max_record_bytes: int = 16 * 2**20
+    """A record of more bytes counts as bad."""
+    max_bad_share: float = 0.01
+    """The stage refuses when more than this share of any source's records is bad."""
+    seed: int = 0
+    """Of the order of the rows."""
+
+    def __post_init__(self):
+        check(self.max_record_bytes >= 1, "max_record_bytes", f"got {self.max_record_bytes}; at least 1 is needed")
+        check(0 <= self.max_bad_share <= 1, "max_bad_share", f"got {self.max_bad_share}; a share from 0 to 1 is needed")
         check(self.seed >= 0, "seed", f"got {self.seed}; 0 or more is needed")
 
 

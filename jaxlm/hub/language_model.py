@@ -2,6 +2,7 @@
 
 lm = jaxlm.load("runs/demo")
 lm.generate(["The array is"], max_tokens=32, temperature=0.7)[0].text
+lm.chat([{"role": "user", "content": "What does textwrap.dedent do?"}])         # of a model trained on chats
 lm.score(["A sentence."])[0].bits_per_byte
 lm.logits([[1, 17, 23]]).shape                                         # (1, 3, V)
 """
@@ -29,8 +30,12 @@ from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.sampler import Completion, Sampler, bucket
 from jaxlm.sample.scoring import token_scores
+from jaxlm.tokenizer.chat import ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
 from jaxlm.train import model_directory
+
+Conversation = Sequence[Mapping[str, Any]]
+Prompt = str | Conversation | Sequence[int]
 
 # Rows that `score` puts through the model together.
 SCORE_ROWS = 16
@@ -59,7 +64,14 @@ def load(path: epath.PathLike, *, mesh: Mesh | None = None, verify: bool = True)
     definition = for_inference(directory.config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
     context = directory.manifest.facts.get("row_length", 0)
-    return LanguageModel(directory.config, params, directory.tokenizer(), context_tokens=context, mesh=mesh)
+    return LanguageModel(
+        directory.config,
+        params,
+        directory.tokenizer(),
+        chat_template=directory.chat_template(),
+        context_tokens=context,
+        mesh=mesh,
+    )
 
 
 class LanguageModel:
@@ -69,6 +81,8 @@ class LanguageModel:
     params: Params
     """Nested dict: layers unrolled ("layers" → "0" → ...), matrices in the compute type."""
     tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    """None for a model that was not trained on chats."""
     context_tokens: int
     """Length of the rows it was trained on; 0 if its directory does not say."""
 
@@ -78,6 +92,7 @@ class LanguageModel:
         params: Params,
         tokenizer: Tokenizer,
         *,
+        chat_template: ChatTemplate | None = None,
         context_tokens: int = 0,
         mesh: Mesh | None = None,
     ):
@@ -85,9 +100,10 @@ class LanguageModel:
         self.config, self.definition = for_inference(config)
         self.params = params
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
         self.context_tokens = context_tokens
         self.mesh = mesh
-        self.sampler = Sampler(config, tokenizer, context_tokens)
+        self.sampler = Sampler(config, tokenizer, context_tokens, chat_template.stop_ids if chat_template else ())
 
     def logits(
         self, ids: Sequence[Sequence[int]] | np.ndarray | Array, lengths: Sequence[int] | np.ndarray | None = None
@@ -113,28 +129,41 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         max_tokens: int = 128,
         *,
         step: int = 0,
         prompt_ids: Sequence[int] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Completions of texts, or of ids (which are taken as they are: put BOS in front where the model expects it).
+        """Completions of texts, the assistant's next message in conversations (lists of {"role", "content"}), or
+        completions of ids (which are taken as they are: put BOS in front where the model expects it).
 
         Further arguments are the fields of `SamplingConfig`: temperature, top_p, top_k, min_p, repetition_penalty,
         stop, stop_tokens, samples, seed, ... With samples=K, each prompt's K completions follow each other. The same
         seed, `step`, prompt id (by default its index) and sample number give the same completion, in any company.
         """
-        if isinstance(prompts, str | Mapping):
-            raise UserError("prompts: got a single one; a list of texts or of lists of ids is needed")
+        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], Mapping)):
+            raise UserError("prompts: got a single one; a list of texts, of conversations or of lists of ids is needed")
         config = _sampling(max_tokens, sampling)
         encoded = [self._encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
         with self._on_mesh():
             return self.sampler.generate(self.params, encoded, config, step=step, prompt_ids=prompt_ids)
 
+    def chat(self, messages: Conversation, max_tokens: int = 0, **sampling: Any) -> str:
+        """The assistant's next message; `max_tokens` 0 leaves it what the context has room for, at most 512."""
+        room = self.room(self._encode(messages, "messages"))
+        return self.generate([messages], max_tokens or room, **sampling)[0].text
+
+    def room(self, ids: Sequence[int], most: int = 512) -> int:
+        """Tokens that fit behind a prompt, at most `most`. Raises UserError for a prompt that fills the context."""
+        left = self.context_tokens - len(ids) if self.context_tokens else most
+        if left < 1:
+            raise UserError(f"the conversation has {len(ids)} tokens, the context is {self.context_tokens}; shorten it")
+        return min(left, most)
+
     def stream(
-        self, prompt: str | Sequence[int], max_tokens: int = 128, *, step: int = 0, prompt_id: int = 0, **sampling: Any
+        self, prompt: Prompt, max_tokens: int = 128, *, step: int = 0, prompt_id: int = 0, **sampling: Any
     ) -> Iterator[str]:
         """The text of one completion in pieces, as it is drawn; arguments as for `generate`."""
         config = _sampling(max_tokens, sampling)
@@ -181,12 +210,19 @@ class LanguageModel:
         with self._on_mesh():
             return np.asarray(token_scores(self.definition, self.params, ids, segments, positions).logprobs)
 
-    def _encode(self, prompt: str | Sequence[int], where: str) -> Sequence[int]:
+    def _encode(self, prompt: Prompt, where: str) -> Sequence[int]:
         if isinstance(prompt, str):
             return self.sampler.encode(prompt)
-        if isinstance(prompt, Mapping) or any(isinstance(item, Mapping) for item in prompt):
+        if isinstance(prompt, Mapping):
+            raise UserError(f"{where}: is one message; a conversation is a list of them")
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if not messages:
+            return [int(token) for token in prompt if not isinstance(token, Mapping)]
+        if len(messages) < len(prompt):
+            raise UserError(f"{where}: mixes messages with other things; give a conversation or ids")
+        if self.chat_template is None:
             raise UserError(f"{where}: is a conversation, but the model has no chat template; give a text or ids")
-        return [int(token) for token in prompt]
+        return self.chat_template.prompt(messages)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()

@@ -29,7 +29,7 @@ class SamplingConfig:
     stop_tokens: tuple[str, ...] = ()
     """A completion ends at the first of these tokens: names of special tokens, or ids."""
     stop_at_eos: bool = True
-    """End at the tokenizer's end-of-text token; off, to measure speed."""
+    """End at the tokenizer's end-of-text token and at the chat template's stop tokens; off, to measure speed."""
     samples: int = 1
     """K: completions of each prompt."""
     seed: int = 0

@@ -60,8 +60,11 @@ class Row(NamedTuple):
 class Sampler:
     """Draws completions from models of one config; the parameters are given to each call, as `prepare` makes them."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, context_tokens: int = 0):
-        """`context_tokens`: length of the rows the model was trained on; 0: unknown, any length goes."""
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, context_tokens: int = 0, answer_ends: Sequence[int] = ()
+    ):
+        """`context_tokens`: length of the rows the model was trained on; 0: unknown, any length goes. `answer_ends`:
+        the chat template's stop tokens, which end a completion as EOS does."""
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
@@ -72,6 +75,7 @@ class Sampler:
         self.config, self.definition = for_inference(config)
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
+        self.ends = [tokenizer.eos_id, *(token for token in answer_ends if token != tokenizer.eos_id)]
 
     def encode(self, text: str) -> list[int]:
         """The prompt's ids, with BOS before them where the tokenizer has one (as documents are packed)."""
@@ -175,7 +179,7 @@ class Sampler:
     def _stop_tokens(self, sampling: SamplingConfig) -> np.ndarray:
         """int32 ids, filled up with -1 to a multiple of 8, so that their number seldom recompiles."""
         special = self.tokenizer.special_ids
-        ids = [self.tokenizer.eos_id] if sampling.stop_at_eos else []
+        ids = list(self.ends) if sampling.stop_at_eos else []
         for name in sampling.stop_tokens:
             if name not in special and not (name.isdecimal() and int(name) < self.tokenizer.vocab_size):
                 raise UserError(f"stop_tokens: {name!r} is neither an id nor a special token{nearest(name, special)}")
@@ -190,7 +194,7 @@ class Sampler:
         text = self.tokenizer.decode(kept[:-1] if stopped else kept)
         reason: StopReason = "length"
         if stopped:
-            reason = "eos" if sampling.stop_at_eos and kept[-1] == self.tokenizer.eos_id else "stop_token"
+            reason = "eos" if sampling.stop_at_eos and kept[-1] in self.ends else "stop_token"
         if any(stop in text for stop in sampling.stop):
             complete = lambda n: any(stop in self.tokenizer.decode(kept[:n]) for stop in sampling.stop)
             kept = kept[: bisect.bisect_left(range(len(kept)), True, key=complete)]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
-from jaxlm.data.config import MixtureSource
+from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource
 from jaxlm.model.config import ModelConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
@@ -64,6 +64,68 @@ class PretrainConfig(StageConfig):
         check(self.z_loss >= 0, "z_loss", f"got {self.z_loss}; 0 or more is needed")
         check(self.loss_chunk_tokens >= 0, "loss_chunk_tokens", f"got {self.loss_chunk_tokens}; 0 or more is needed")
         check(self.seed >= 0, "seed", f"got {self.seed}; 0 or more is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(StageConfig):
+    """Instruction tuning: trains a model on people's written answers."""
+
+    stage: ClassVar[str] = "sft"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "mesh", "loop", "loss_chunk_tokens")
+
+    model: str = ""
+    """The model to start from: a model directory, or a run's folder."""
+    sources: tuple[ChatSource, ...] = ()
+    """The chats; at least one source of the split train."""
+    chats: ChatRowsConfig = ChatRowsConfig()
+    """How chats become rows."""
+    chat_template: str = ""
+    """chatml, llama2, llama3, or the path of a Jinja file; empty: the model's own, and chatml where it has none."""
+    pretraining: tuple[MixtureSource, ...] = ()
+    """Folders of packed pretraining rows to mix in; weight: their rows for each row of chats."""
+    row_length: int = 0
+    """S: tokens a row; 0 takes the model's."""
+    batch_rows: int = 16
+    """Rows of the global batch."""
+    accumulate: int = 1
+    """Pieces in which a batch is worked off, one after the other, for less memory; the result is the same."""
+    epochs: float = 2.0
+    """How often the chats are gone through, where `steps` is 0."""
+    steps: int = 0
+    """Updates of the whole schedule; 0 derives them from the epochs."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule."""
+    schedule: ScheduleConfig = ScheduleConfig(peak=2e-5, warmup_steps=20)
+    """The learning rate."""
+    loss_chunk_tokens: int = 0
+    """Makes the logits of so many tokens at a time, for less memory; 0: of all at once."""
+    heldout_batches: int = 0
+    """Batches of held-out rows an evaluation reads; 0: all."""
+    plateau: PlateauConfig = PlateauConfig()
+    """When to stop early."""
+    seed: int = 0
+    """Of the order of the data."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices share the work."""
+    loop: LoopConfig = LoopConfig()
+    """Logging, evaluation, saving."""
+
+    def __post_init__(self):
+        check(bool(self.model), "model", "is empty; give a model directory or a run's folder")
+        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
+        names = [source.name for source in self.sources]
+        check(len(set(names)) == len(names), "sources", f"{names} are not all different")
+        for field in ("batch_rows", "accumulate"):
+            check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
+        check(
+            self.batch_rows % self.accumulate == 0,
+            "accumulate",
+            f"{self.accumulate} pieces do not divide a batch of {self.batch_rows} rows",
+        )
+        for field in ("row_length", "steps", "loss_chunk_tokens", "heldout_batches", "seed"):
+            check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
+        check(self.epochs > 0, "epochs", f"got {self.epochs}; more than 0 is needed")
+        check(self.schedule.peak > 0, "schedule.peak", "is 0; a learning rate is needed, such as 2e-5")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

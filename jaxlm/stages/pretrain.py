@@ -25,11 +25,13 @@ from jaxlm.data.loader import Loader
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
 from jaxlm.stages.config import PretrainConfig
-from jaxlm.train import losses, model_directory
+from jaxlm.train import losses
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.depth import derive
 from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
-from jaxlm.train.loop import Outcome, Task, train
+from jaxlm.train.finish import Made, stopped_early, summary_of, write_model
+from jaxlm.train.fit import require_batch_fits, require_model_fits
+from jaxlm.train.loop import Task, global_batches, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, TrainState, abstract_rows, from_seed, make_program
@@ -43,23 +45,15 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     """Raises ConfigError for what no single field shows: data, batch and mesh together."""
     if not config.data:
         raise ConfigError("data", "is empty; give at least one folder of packed rows")
-    sizes = config.mesh.sizes(device_count)
-    pieces = sharding.batch_pieces(sizes)
-    if sizes["context"] > 1 and config.row_length % sizes["context"]:
-        raise ConfigError("mesh.context", f"{sizes['context']} does not divide rows of {config.row_length} tokens")
-    tokens = config.batch_rows * config.row_length // config.accumulate
-    if config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
-        raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide the {tokens} of a piece")
-    if config.batch_rows % (pieces * config.accumulate):
-        raise ConfigError(
-            "batch_rows",
-            f"{config.batch_rows} rows do not divide among {pieces} parts of the mesh in {config.accumulate} pieces",
-        )
-    for field in ("heads", "kv_heads"):
-        if getattr(config.model, field) % sizes["tensor"]:
-            raise ConfigError(
-                "mesh.tensor", f"{sizes['tensor']} does not divide model.{field} {getattr(config.model, field)}"
-            )
+    require_batch_fits(
+        config.mesh,
+        device_count,
+        batch_rows=config.batch_rows,
+        accumulate=config.accumulate,
+        row_length=config.row_length,
+        chunk_tokens=config.loss_chunk_tokens,
+    )
+    require_model_fits(config.mesh, device_count, config.model)
 
 
 def inputs(config: PretrainConfig) -> dict[str, str]:
@@ -182,10 +176,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             model=config.model,
             steps=config.steps,
             weights=loader.weights,
-            batches=lambda step, history: (
-                sharding.global_batch(mesh, rows, config.batch_rows)
-                for _, rows in loader.with_history(history).batches(step)
-            ),
+            batches=global_batches(loader, mesh),
             # A piece of a step: what fits in training fits in evaluation.
             evaluate=evaluator(
                 program,
@@ -204,29 +195,12 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
         )
         outcome = train(task, config.loop, config.workdir, watchdog)
-        bits = outcome.evaluation.get(task.best_metric)
-        summary = {
-            "seconds": time.monotonic() - began,
-            "tokens_per_second": outcome.tokens_per_second,
-            "figure": f"{bits:.3f} bits a byte held out" if bits else f"step {outcome.step}",
-        }
-        if 0 < config.loop.stop_at_step < config.steps and outcome.step == config.loop.stop_at_step:
-            logger.info("stopped at step %d, as told; without loop.stop_at_step the run goes on", outcome.step)
+        summary = summary_of(outcome, task.best_metric, time.monotonic() - began)
+        if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
-        write_model(config, outcome, read_from, {"summary": summary, "row_length": config.row_length}, mesh)
-    return summary
-
-
-def write_model(
-    config: PretrainConfig, outcome: Outcome, read_from: dict[str, str], facts: dict[str, Any], mesh: Mesh
-) -> None:
-    """WORKDIR/model, of the average if there is one; and the manifest that says that the run has ended."""
-    facts = facts | {"steps": outcome.step} | outcome.evaluation
-    made_with: Any = dict(inputs=read_from, config=identity(config), facts=facts)
-    with jax.set_mesh(mesh):
+        facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
+        made = Made(config=config, inputs=read_from, facts=facts)
         params = outcome.state.ema or outcome.state.params
-        tokenizer = f"{config.data[0].path}/tokenizer"
-        model_directory.write(f"{config.workdir}/model", params, config.model, tokenizer, **made_with)
-    if jax.process_index() == 0:
-        manifest.write(config.workdir, "run", contents=["model"], **made_with)
+        write_model(made, params, config.model, f"{config.data[0].path}/tokenizer", mesh)
+    return summary

@@ -22,6 +22,8 @@ class Reason(NamedTuple):
 
     name: str
     bad: bool = False
+    detail: str = ""
+    """What is said of this one record, in examples and rejects."""
 
 
 Rule = Callable[[str], str | Reason]

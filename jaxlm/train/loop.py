@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from jaxlm.base import metrics
+from jaxlm.base import metrics, sharding
 from jaxlm.base.errors import Interrupted, Refused, UserError
 from jaxlm.base.logging import logger, progress
 from jaxlm.data import mixture
+from jaxlm.data.loader import Loader
 from jaxlm.model.config import ModelConfig
 from jaxlm.train import throughput
 from jaxlm.train.checkpoint import Checkpointer, Restored
@@ -55,6 +57,16 @@ class Task:
     """hashes that a checkpoint must share with this run"""
     plateau: PlateauConfig
     best_metric: str = "eval/bits_per_byte"
+
+
+def global_batches(loader: Loader, mesh: Mesh) -> Callable[[int, mixture.History], Iterator[Any]]:
+    """The batches of a loader that has this process's own rows, as a `Task` wants them."""
+
+    def batches(step: int, history: mixture.History) -> Iterator[Any]:
+        for _, rows in loader.with_history(history).batches(step):
+            yield sharding.global_batch(mesh, rows, loader.global_batch)
+
+    return batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
           params/model-00001.safetensors, ...     one tensor a weight and layer: embedding, layers.7.attention.query
           params/model.safetensors.index.json     which tensor lies in which file
           tokenizer.model | byte_tokenizer.json
+          chat_template.jinja                     of a model that was trained on chats
           manifest.json                           a sha256 of each, written last
 
 The layout of the layers in memory (stacked for the scan or unrolled) is no part of it: either one reads what the other
@@ -30,7 +31,9 @@ from jaxlm.base.manifest import Manifest
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params, Weight
+from jaxlm.tokenizer import chat
 from jaxlm.tokenizer import tokenizer as tokenizers
+from jaxlm.tokenizer.chat import ChatTemplate
 
 KIND = "model"
 FORMAT_VERSION = 1
@@ -49,6 +52,11 @@ class ModelDirectory:
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         return tokenizers.load(self.folder)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """None for a model that was not trained on chats."""
+        path = self.folder / chat.FILE_NAME
+        return chat.load(path, self.tokenizer()) if path.exists() else None
 
     def load_params(self, definition: Definition, shardings: Any = None) -> Params:
         """The parameters in the definition's layout and types, read tensor by tensor.
@@ -105,6 +113,7 @@ def write(
     inputs: Mapping[str, str],
     config: Any,
     facts: Mapping[str, Any],
+    chat_template: ChatTemplate | None = None,
 ) -> Manifest | None:
     """Writes a model directory, shard by shard; in a run of many processes, all call it and process 0 writes.
 
@@ -127,6 +136,8 @@ def write(
             (folder / "params").rmtree()
         files.write_json(folder / "config.json", {"format_version": FORMAT_VERSION} | to_dict(model_config))
         tokenizers.save(tokenizer, folder)
+        if chat_template is not None:
+            files.write_bytes(folder / chat.FILE_NAME, chat_template.source.encode())
     weight_map = {}
     for number, names in enumerate(_shards(definition), 1):
         file = f"model-{number:05}.safetensors"

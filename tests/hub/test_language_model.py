@@ -132,9 +132,13 @@ def test_wrong_arguments_are_refused_by_name(lm):
         lm.generate(["a"], max_tokens=4, stop="x")
     with pytest.raises(UserError, match="prompts: got a single one"):
         lm.generate("a")
-    for conversation in ([{"role": "user", "content": "hi"}], {"role": "user", "content": "hi"}):
-        with pytest.raises(UserError, match=r"prompts\[0\]: is a conversation, but the model has no chat template"):
-            lm.generate([conversation])
+    message = {"role": "user", "content": "hi"}
+    with pytest.raises(UserError, match=r"prompts\[0\]: is a conversation, but the model has no chat template"):
+        lm.generate([[message]])
+    with pytest.raises(UserError, match="prompts: got a single one"):
+        lm.generate([message])
+    with pytest.raises(UserError, match=r"prompts\[1\]: is one message"):
+        lm.generate(["a", message])
     with pytest.raises(UserError, match="exceed the context of 32"):
         lm.generate(["a"], max_tokens=31)
     with pytest.raises(UserError, match="not all in the vocabulary of 259"):

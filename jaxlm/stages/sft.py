@@ -1,0 +1,207 @@
+"""Instruction tuning: a pretrained model and chats → an assistant.
+
+    python -m jaxlm sft --config=configs/sft.py --workdir=runs/assistant
+
+The chats are packed into WORKDIR/rows first (conversations side by side, isolated from each other), then the step
+below trains on the assistant's tokens and its stop tokens, nothing else. Pretraining rows can be mixed in. Results:
+
+    WORKDIR/rows/{train,heldout}/, report.json      what became of every chat, with examples of each reason
+    WORKDIR/model/                                  with the chat template
+    WORKDIR/metrics.jsonl                           eval/… on held-out chats, eval/general_… on those of another kind
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxlm.base import files, manifest, sharding
+from jaxlm.base.config import identity
+from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.base.logging import logger
+from jaxlm.base.metrics import Mean
+from jaxlm.data import chats
+from jaxlm.data.loader import Loader
+from jaxlm.hub.find import find_model
+from jaxlm.model.attention import chosen
+from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.stages.config import SFTConfig
+from jaxlm.text import readers
+from jaxlm.tokenizer import chat
+from jaxlm.train import losses, model_directory
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
+from jaxlm.train.finish import Made, stopped_early, summary_of, write_model
+from jaxlm.train.fit import require_batch_fits, require_model_fits
+from jaxlm.train.loop import Task, global_batches, train
+from jaxlm.train.model_directory import ModelDirectory
+from jaxlm.train.processes import from_first
+from jaxlm.train.schedule import learning_rate
+from jaxlm.train.state import Program, TrainState, abstract_rows, make_program
+from jaxlm.train.update import apply_gradients, gradients_in_pieces
+from jaxlm.train.watchdog import Watchdog
+
+Config = SFTConfig
+
+
+def validate(config: SFTConfig, device_count: int) -> None:
+    """Raises ConfigError for what no single field shows: batch and mesh together."""
+    require_batch_fits(
+        config.mesh,
+        device_count,
+        batch_rows=config.batch_rows,
+        accumulate=config.accumulate,
+        row_length=config.row_length,
+        chunk_tokens=config.loss_chunk_tokens if config.row_length else 0,
+    )
+
+
+def inputs(config: SFTConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    model = find_model(config.model, "model")
+    read = {str(model): manifest.read(model).hash}
+    read |= {source.path: manifest.read(source.path, "rows", "pretraining").hash for source in config.pretraining}
+    if epath.Path(config.chat_template).suffix:
+        read[config.chat_template] = files.sha256(config.chat_template)
+    return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
+
+
+def template_of(config: SFTConfig, model: ModelDirectory) -> chat.ChatTemplate:
+    """The chat template: the config's, else the model's, else ChatML."""
+    own = None if config.chat_template else model.chat_template()
+    return own or chat.load(config.chat_template or "chatml", model.tokenizer())
+
+
+def write_rows(config: SFTConfig, model: ModelDirectory, template: chat.ChatTemplate, row_length: int) -> None:
+    """WORKDIR/rows and, where some chats are only there to see what is forgotten, WORKDIR/general."""
+    parts = {"rows": [s for s in config.sources if not s.general], "general": [s for s in config.sources if s.general]}
+    for folder, sources in parts.items():
+        if sources:
+            path = f"{config.workdir}/{folder}"
+            chats.write_rows(path, sources, template, model.tokenizer(), config.chats, row_length)
+
+
+def complete(config: SFTConfig, model: ModelDirectory) -> SFTConfig:
+    """The config with nothing left to derive, once the rows are written. Raises UserError for what does not fit."""
+    facts = manifest.read(f"{config.workdir}/rows", "rows").facts
+    if config.plateau.evaluations and "heldout" not in facts:
+        raise ConfigError("plateau.evaluations", "needs held-out chats, and no source has split='heldout'")
+    total = 1 + sum(source.weight for source in config.pretraining)
+    steps = math.ceil(config.epochs * facts["train"]["rows"] * total / config.batch_rows)
+    logger.info(
+        "%d chats in %d rows, padding %.1f%%, %d truncated; %s targets of %s tokens; %d steps",
+        facts["train"]["documents"],
+        facts["train"]["rows"],
+        100 * facts["train"]["padding_share"],
+        facts["train"]["truncated"],
+        f"{facts['train']['target_tokens']:,}",
+        f"{facts['train']['tokens']:,}",
+        config.steps or steps,
+    )
+    return dataclasses.replace(config, row_length=facts["row_length"], steps=config.steps or steps)
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], *, config: SFTConfig, definition: Any, optimizer: Any
+) -> tuple[TrainState, dict[str, Mean]]:
+    """One update on a global batch of rows `[B, S]`."""
+    # Every target of the global batch counts alike, in a long answer as in a short one.
+    targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
+    count = jnp.maximum(targets, 1).astype(jnp.float32)
+
+    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+        sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
+        return sums.loss / count, losses.as_metrics(sums)
+
+    (loss, measured), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
+    good = jnp.isfinite(loss) & (targets > 0)
+    rate = learning_rate(config.schedule, state.step, config.steps)
+    state, norms = apply_gradients(state, gradients, good, rate, optimizer, config.optimizer)
+    return state, measured | norms
+
+
+def build(config: SFTConfig, mesh: Mesh) -> Program:
+    """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
+    model = model_directory.read(find_model(config.model, "model"), verify=False)
+    return _build(config, mesh, model, model.config.scan_layers)
+
+
+def _build(config: SFTConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Program:
+    shape = dataclasses.replace(model.config, scan_layers=scan_layers)
+    definition = define_model(chosen(shape, mesh.devices.flat[0].platform, config.row_length))
+    optimizer = optimizers.make_optimizer(config.optimizer, definition)
+    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+    rows = abstract_rows(mesh, config.batch_rows, config.row_length)
+    start = functools.partial(model.load_params, definition)
+    return make_program(step, definition, optimizer, rows, mesh, ema=config.optimizer.ema > 0, start=start)
+
+
+def main(config: SFTConfig) -> dict[str, Any]:
+    """Trains, goes on where it was, and writes WORKDIR/model at the end."""
+    began = time.monotonic()
+    validate(config, jax.device_count())
+    mesh = sharding.make_mesh(config.mesh)
+    with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
+        model = model_directory.read(find_model(config.model, "model"))
+        template = template_of(config, model)
+        read_from = inputs(config)
+        from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
+        row_length = config.row_length or model.manifest.facts.get("row_length", 0)
+        if not row_length:
+            raise ConfigError("row_length", f"is 0, and {config.model} does not say on what rows it was trained")
+        from_first(lambda: write_rows(config, model, template, row_length))
+        config = complete(config, model)
+        validate(config, jax.device_count())
+        require_model_fits(config.mesh, jax.device_count(), model.config)
+        rows = f"{config.workdir}/rows"
+        loader = Loader(
+            [(rows, 1.0), *((source.path, source.weight) for source in config.pretraining)],
+            "train",
+            global_batch=config.batch_rows,
+            seed=config.seed,
+            own=sharding.own_rows(mesh, config.batch_rows),
+        )
+        if loader.tokenizer_hash != model.tokenizer().hash:
+            raise UserError("pretraining: was packed with another tokenizer than the model's; pack it again")
+        program = build(config, mesh)
+        general = f"{config.workdir}/general"
+        sets = [HeldoutSet([rows])] if has_heldout(rows) else []
+        sets += [HeldoutSet([general], "general")] if epath.Path(general).exists() else []
+        task = Task(
+            program=program,
+            other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
+            model=model.config,
+            steps=config.steps,
+            weights=loader.weights,
+            batches=global_batches(loader, mesh),
+            evaluate=evaluator(
+                program,
+                define_model(model.config),
+                sets,
+                batch_rows=config.batch_rows // config.accumulate,
+                limit=config.heldout_batches,
+                chunk_tokens=config.loss_chunk_tokens,
+            ),
+            tokens_per_step=config.batch_rows * config.row_length,
+            flops_per_token=flops_per_token(model.config, config.row_length),
+            identity={"config": files.hash_json(identity(config, continued=True)), "chat template": template.hash}
+            | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
+            plateau=config.plateau,
+            best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
+        )
+        outcome = train(task, config.loop, config.workdir, watchdog)
+        summary = summary_of(outcome, task.best_metric, time.monotonic() - began)
+        if stopped_early(outcome, config.loop.stop_at_step, config.steps):
+            return summary
+        watchdog.enter("save")
+        facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
+        made = Made(config=config, inputs=read_from, facts=facts)
+        params = outcome.state.ema or outcome.state.params
+        write_model(made, params, model.config, model.folder, mesh, template)
+    return summary

@@ -1,0 +1,31 @@
+"""What has to fit together before a stage trains: batch, rows, mesh and model."""
+
+from jaxlm.base import sharding
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import ConfigError
+from jaxlm.model.config import ModelConfig
+
+
+def require_batch_fits(
+    mesh: MeshConfig, device_count: int, *, batch_rows: int, accumulate: int, row_length: int, chunk_tokens: int = 0
+) -> None:
+    """Raises ConfigError where rows, pieces or chunks do not divide; a `row_length` of 0 is not known yet."""
+    sizes = mesh.sizes(device_count)
+    pieces = sharding.batch_pieces(sizes)
+    if sizes["context"] > 1 and row_length % sizes["context"]:
+        raise ConfigError("mesh.context", f"{sizes['context']} does not divide rows of {row_length} tokens")
+    tokens = batch_rows * row_length // accumulate
+    if chunk_tokens and tokens % chunk_tokens:
+        raise ConfigError("loss_chunk_tokens", f"{chunk_tokens} does not divide the {tokens} of a piece")
+    if batch_rows % (pieces * accumulate):
+        raise ConfigError(
+            "batch_rows", f"{batch_rows} rows do not divide among {pieces} parts of the mesh in {accumulate} pieces"
+        )
+
+
+def require_model_fits(mesh: MeshConfig, device_count: int, model: ModelConfig) -> None:
+    """Raises ConfigError where the mesh does not divide the heads."""
+    tensor = mesh.sizes(device_count)["tensor"]
+    for field in ("heads", "kv_heads"):
+        if getattr(model, field) % tensor:
+            raise ConfigError("mesh.tensor", f"{tensor} does not divide model.{field} {getattr(model, field)}")
