@@ -56,6 +56,8 @@ class ModelConfig:
     """One compiled layer run L times over stacked weights; off: L layers, slower to compile."""
     attention: Literal["auto", "plain", "splash"] = "auto"
     """Attention's code: splash is the TPU kernel; auto takes it on TPU."""
+    criteria: tuple[str, ...] = ()
+    """Names of scalar heads in place of the output head: a reward model; empty: a language model."""
 
     def __post_init__(self):
         for field in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "feed_forward", "window"):
@@ -73,6 +75,8 @@ class ModelConfig:
         check(self.norm_epsilon > 0, "norm_epsilon", f"got {self.norm_epsilon}; a positive number is needed")
         for field in ("logit_soft_cap", "attention_soft_cap"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 (none) or a positive cap is needed")
+        distinct = len(set(self.criteria)) == len(self.criteria)
+        check(distinct and all(self.criteria), "criteria", f"got {self.criteria}; names, each once, are needed")
 
     def complete(self) -> "ModelConfig":
         """Fills in what follows from other fields; raises ConfigError for what has to be given."""

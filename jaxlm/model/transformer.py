@@ -4,6 +4,7 @@
     params = initialize(model, seed=0)                          # a plain nested dict
     hidden = apply(model, params, lambda m: m(ids, segments, positions)[0])      # [B, S, D]
     logits = apply(model, params, lambda m: m.logits(hidden))                    # [B, S, V] float32
+    scores = apply(model, params, lambda m: m.scores(hidden))                    # [B, S, C], of a reward model
 
 Layers lie stacked (`config.scan_layers`): with a pattern of P kinds of attention, stack/p holds the layers
 p, p + P, p + 2P, … along a first axis, and tail/… the L mod P last ones. `jaxlm/model/layout.py` converts.
@@ -22,7 +23,7 @@ from jaxlm.base.sharding import constrain
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import Attention, ModelConfig
 from jaxlm.model.layers import GatedMLP, RMSNorm, Rotation, rotary
-from jaxlm.model.weights import Definition, Normal, apply, define, number, weight
+from jaxlm.model.weights import Constant, Definition, Normal, apply, define, number, weight
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -86,10 +87,11 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks, final norm, output head."""
+    """Embedding, blocks, final norm; then the output head, or the scalar heads of a reward model."""
 
     def __init__(self, config: ModelConfig):
         V, D, L, P = config.vocab_size, config.width, config.layers, len(config.pattern)
+        C = len(config.criteria)
         # A tied table is also the head: at D^-1/2 the first logits have unit variance.
         std = D**-0.5 if config.tied_embeddings else 1.0
         self.embedding = weight((V, D), ("vocab", "embed"), Normal(std))
@@ -106,7 +108,11 @@ class Transformer(nnx.Module):
         else:
             self.layers = nnx.Dict({str(i): self._block(config, i) for i in range(L)})
         self.final_norm = RMSNorm(D, "norm", config.norm_epsilon)
-        if not config.tied_embeddings:
+        if C:
+            # Scores begin with a variance of about 1, as in Stiennon et al. 2020 (arXiv:2009.01325).
+            self.score = weight((D, C), ("embed", "criteria"), Normal((D + 1) ** -0.5))
+            self.score_bias = weight((C,), ("criteria",), Constant(0.0))
+        elif not config.tied_embeddings:
             self.head = weight((D, V), ("embed", "vocab"), Normal(D**-0.5))
         self.config = config
 
@@ -177,10 +183,21 @@ class Transformer(nnx.Module):
         return x
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        if self.config.criteria:
+            raise ValueError("a reward model has no logits: its output head gave way to scores")
         head = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         logits = precision.matmul(hidden, head, self.config.compute, wide=True)
         cap = self.config.logit_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def scores(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... C"]:
+        """A scalar for each of the config's criteria, in their order; read it at a text's last real token."""
+        if not self.config.criteria:
+            raise ValueError("a language model has no scores: its config names no criteria")
+        # At its default precision a TPU multiplies float32 in bf16.
+        flat = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
+        scores = jnp.matmul(flat, self.score[...], precision=jax.lax.Precision.HIGHEST) + self.score_bias[...][None, :]
+        return scores.reshape(*hidden.shape[:-1], len(self.config.criteria))
 
 
 def define_model(config: ModelConfig, matrix_dtype: Any = jnp.float32) -> Definition:
@@ -202,7 +219,7 @@ def flops_per_token(config: ModelConfig, sequence: int) -> float:
     """
     D, N = config.width, config.head_size
     per_layer = 2 * D * N * (config.heads + config.kv_heads) + 3 * D * config.feed_forward
-    weights = config.layers * per_layer + D * config.vocab_size
+    weights = config.layers * per_layer + D * (len(config.criteria) or config.vocab_size)
     seen = 0.0
     for layer in range(config.layers):
         reach = min(config.window, sequence) if config.kind(layer) == "local" else sequence
