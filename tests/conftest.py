@@ -28,7 +28,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 devices.start()  # as the command line does: eight devices on two cores need it
 
 # Shapes in signatures hold at run time in everything that computes.
-jaxtyping.install_import_hook(["jaxlm.model", "jaxlm.train", "jaxlm.sample"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["jaxlm.model", "jaxlm.train", "jaxlm.sample", "jaxlm.reward", "jaxlm.rl"], "beartype.beartype"
+)
 
 # Warnings are errors; the exceptions, each with its library, version and reason.
 IGNORED_WARNINGS: list[tuple[str, type[Warning], str]] = []

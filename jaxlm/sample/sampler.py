@@ -72,6 +72,7 @@ class Sampler:
             )
         # Rows of the embedding beyond the tokenizer (padding to a round size) name no token and are never drawn.
         self.vocabulary = None if tokenizer.vocab_size == config.vocab_size else tokenizer.vocab_size
+        self.source_config = config
         self.config, self.definition = for_inference(config)
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens

@@ -31,7 +31,7 @@ from jaxlm.train.depth import derive
 from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
 from jaxlm.train.finish import Made, stopped_early, summary_of, write_model
 from jaxlm.train.fit import require_batch_fits, require_model_fits
-from jaxlm.train.loop import Task, global_batches, train
+from jaxlm.train.loop import Task, compiled_step, global_batches, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, TrainState, abstract_rows, from_seed, make_program
@@ -172,6 +172,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
         other_layout = dataclasses.replace(config.model, scan_layers=not config.model.scan_layers)
         task = Task(
             program=program,
+            compile=lambda: compiled_step(program),
             other_layout=build(dataclasses.replace(config, model=other_layout), mesh).abstract_state,
             model=config.model,
             steps=config.steps,

@@ -39,7 +39,7 @@ from jaxlm.train import optimizer as optimizers
 from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
 from jaxlm.train.finish import Made, stopped_early, summary_of, write_model
 from jaxlm.train.fit import require_batch_fits, require_model_fits
-from jaxlm.train.loop import Task, global_batches, train
+from jaxlm.train.loop import Task, compiled_step, global_batches, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
@@ -175,6 +175,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         sets += [HeldoutSet([general], "general")] if epath.Path(general).exists() else []
         task = Task(
             program=program,
+            compile=lambda: compiled_step(program),
             other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
             model=model.config,
             steps=config.steps,

@@ -40,8 +40,11 @@ class Task:
     """What a stage trains, and on what."""
 
     program: Program
+    compile: Callable[[], Callable[[Any, Any], tuple[Any, dict[str, metrics.Mean]]]]
+    """() → a step's work, (state, batch) → (state, metrics): `compiled_step(program)`, or what a stage puts around it"""
     other_layout: Any
-    """the abstract state of the same model with unrolled layers where `program` stacks them, or the reverse"""
+    """the abstract state of the same model with unrolled layers where `program` stacks them, or the reverse; None
+    where a state cannot be turned"""
     model: ModelConfig
     steps: int
     """of the whole schedule"""
@@ -57,6 +60,11 @@ class Task:
     """hashes that a checkpoint must share with this run"""
     plateau: PlateauConfig
     best_metric: str = "eval/bits_per_byte"
+    """what the plateau rule and `checkpoint.keep_best` look at, the lower the better; empty: nothing"""
+    headline: Callable[[dict[str, float]], str] = lambda values: f"loss {values['train/loss']:.4f}"
+    """a step's metrics → what the log says of them"""
+    enough: Callable[[Any], bool] = lambda state: False
+    """state → whether the run is over before its last step"""
 
 
 def global_batches(loader: Loader, mesh: Mesh) -> Callable[[int, mixture.History], Iterator[Any]]:
@@ -77,6 +85,16 @@ class Outcome:
     """the last held-out figures"""
     tokens_per_second: float
     """of this process's life, first step to last, evaluations and saves included"""
+
+
+def compiled_step(program: Program) -> Any:
+    """The program's step, compiled; says how long that took and how much memory it needs."""
+    began = time.monotonic()
+    compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+    memory = compiled.memory_analysis()
+    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
+    logger.info("step compiled in %.1f s; a device needs %.2f GiB", time.monotonic() - began, size / 2**30)
+    return compiled
 
 
 def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> Outcome:
@@ -126,7 +144,7 @@ def _on_all(make: Callable[[], MetricsWriter]) -> MetricsWriter:
 def restore(checkpoints: Checkpointer, task: Task) -> Restored | None:
     """The newest intact state, its layers arranged as this run has them. None in a new run."""
     stacked = task.model.scan_layers
-    same = lambda layout: layout.get("stacked", stacked) == stacked
+    same = lambda layout: task.other_layout is None or layout.get("stacked", stacked) == stacked
     found = checkpoints.restore(lambda layout: task.program.abstract_state if same(layout) else task.other_layout)
     if found is None or same(found.layout):
         return found
@@ -164,7 +182,8 @@ class _Run:
     def steps(self, state: Any, step: int, last: int, stop: Stop) -> Outcome:
         """From `step` to `last`, or to where a signal or the plateau ends it."""
         task, config = self.task, self.config
-        compiled = self._compile() if step < last else None
+        self.watchdog.enter("compile")
+        compiled = task.compile() if step < last else None
         agreement = Agreement(stop)
         self.skipped, self.logged_at = int(state.skipped), step
         batches = task.batches(step, self.history)
@@ -190,6 +209,7 @@ class _Run:
                 if step % config.evaluate_every_steps == 0 or step == task.steps:
                     stopped = self._evaluate(state, step) and step < last
                     clock.restart(step)
+                stopped |= step < last and task.enough(state)
                 interrupted = agreement.reached() and step < last
                 finished = step >= last or stopped or interrupted
                 if step % config.checkpoint.every_steps == 0 or finished:
@@ -205,16 +225,6 @@ class _Run:
         rate = (step - first) * task.tokens_per_step / seconds if step > first else 0.0
         return Outcome(state=state, step=step, evaluation=self.evaluation, tokens_per_second=rate)
 
-    def _compile(self) -> Any:
-        self.watchdog.enter("compile")
-        program = self.task.program
-        began = time.monotonic()
-        compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
-        memory = compiled.memory_analysis()
-        size = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else 0
-        logger.info("step compiled in %.1f s; a device needs %.2f GiB", time.monotonic() - began, size / 2**30)
-        return compiled
-
     def _evaluate(self, state: Any, step: int, log: bool = True) -> bool:
         """Takes the held-out figures; True when the plateau rule says to stop."""
         if log:
@@ -227,6 +237,8 @@ class _Run:
         self.evaluated_at = step
         shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in self.evaluation.items())
         logger.info("step %d held out: %s", step, shown)
+        if not self.task.best_metric:
+            return False
         figure = self.evaluation[self.task.best_metric]
         self.figures.append(figure if math.isfinite(figure) else None)
         return stopped_falling(self.figures, self.task.plateau)
@@ -235,7 +247,7 @@ class _Run:
         """`ended`: the plateau was reached, so that starting again does not train on."""
         self.watchdog.enter("save")
         self._log()  # the lines up to the saved step are there before it is
-        metric = self.evaluation[self.task.best_metric] if self.evaluated_at == step else None
+        metric = self.evaluation.get(self.task.best_metric) if self.evaluated_at == step else None
         extra = {"figures": self.figures, "ended": ended, "mixture": self.history}
         self.checkpoints.save(step, state, extra=extra, metric=metric)
 
@@ -248,7 +260,7 @@ class _Run:
         values = metrics.values(measured)
         values |= self.clock.lap(step)
         self.writer.write(step, step * self.task.tokens_per_step, values)
-        logger.info("step %d: loss %.4f  %s", step, values["train/loss"], self.clock.note)
+        logger.info("step %d: %s  %s", step, self.task.headline(values), self.clock.note)
         self._count_skipped(step, int(values["train/skipped_steps"]))
 
     def _count_skipped(self, step: int, skipped: int) -> None:

@@ -1,0 +1,271 @@
+"""What is done with a rollout, as one compiled program: scores, advantages, and the updates that a stage gives.
+
+    learn = Learner(config, models, update)
+    state, measured, answers = jax.jit(learn)(state, {"frozen": …, "rollout": …})
+
+Order: score (policy, reference, values, rewards; minibatch by minibatch, at the updates' own shape), then advantages
+over the whole rollout, then `passes` times all minibatches in an order drawn anew.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.base import metrics, rng
+from jaxlm.base.arrays import Array, Float32
+from jaxlm.base.metrics import Mean
+from jaxlm.model.weights import Definition, Params
+from jaxlm.rl import advantages as adv
+from jaxlm.rl import forward, kl, objectives
+from jaxlm.rl.config import RLConfig
+from jaxlm.rl.rollout import Rollout
+from jaxlm.train.state import TrainState
+
+
+class RLState(NamedTuple):
+    """All that an iteration changes; saved at its end."""
+
+    step: Any
+    """int32 `[]`: rollouts learned from"""
+    policy: Any
+    """TrainState"""
+    value: Any
+    """TrainState of the value function; () with GRPO"""
+    coefficient: Any
+    """float32 `[]`: PPO's KL penalty for the next rollout"""
+    kl: Any
+    """float32 `[]`: the last rollout's KL to the reference, nats an answer"""
+    skipped: Any
+    """int32 `[]`: updates of the policy that changed nothing, since loss or gradient was not finite"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Definitions, without numbers; None: there is no such model."""
+
+    policy: Definition
+    reference: Definition
+    value: Definition | None
+    reward: Definition | None
+    criteria: tuple[str, ...] = ()
+    """of the reward model"""
+
+
+class Assessed(NamedTuple):
+    """Of a rollout, before anything is learned from it."""
+
+    logprobs: Array
+    """float32 `[B, T]`: of the policy that drew it, by the learner's own forward pass"""
+    reference: Array
+    """float32 `[B, T]`"""
+    values: Array
+    """float32 `[B, T]`; zeros without a value function"""
+    model_scores: Array
+    """float32 `[B]`: the reward model's, criteria weighted; zeros without one"""
+
+    def kl(self, rollout: Rollout) -> Float32[Array, "B"]:
+        """k1 summed over each answer, nats."""
+        mask = rollout.answer_mask
+        return jnp.sum(jnp.where(mask, kl.k1(self.logprobs, self.reference), 0.0), axis=1)
+
+
+class Examples(NamedTuple):
+    """What an update sees of answers; leading axis B."""
+
+    rollout: Rollout
+    logprobs: Array
+    reference: Array
+    values: Array
+    advantages: Array
+    """float32 `[B, T]`"""
+    returns: Array
+    """float32 `[B, T]`; PPO's"""
+    mask: Array
+    """bool `[B, T]`: the tokens to learn from"""
+
+
+class Answers(NamedTuple):
+    """Of each answer, for logs: float32 `[B]`."""
+
+    score: Array
+    kl: Array
+
+
+Update = Callable[[TrainState, Any, Examples, dict[str, Array]], tuple[tuple[TrainState, Any], dict[str, Mean]]]
+
+
+def updates_a_rollout(config: RLConfig) -> int:
+    return config.passes * config.prompts * config.samples // config.minibatch_answers
+
+
+class Learner:
+    def __init__(self, config: RLConfig, models: Models, update: Update):
+        """`update(policy, value, examples, pretraining rows)` is one step on a minibatch."""
+        self.config, self.models, self.update = config, models, update
+
+    def __call__(self, state: RLState, batch: dict[str, Any]) -> tuple[RLState, dict[str, Mean], Answers]:
+        """One iteration; `batch`: "frozen" {"reference", "reward"}, "rollout", and "pretraining" rows for PPO-ptx."""
+        rollout: Rollout = batch["rollout"]
+        value = state.value.params if state.value else {}
+        assessed = assess(self.config, self.models, state.policy.params, value, batch["frozen"], rollout)
+        scores = rollout.scores + assessed.model_scores
+        examples = self._examples(state, rollout, assessed, scores)
+
+        def update(carry: tuple[TrainState, Any], picked: tuple[Array, dict[str, Array]]) -> Any:
+            part = jax.tree.map(lambda x: x[picked[0]], examples)
+            return self.update(carry[0], carry[1], part, picked[1])
+
+        order = self._order(state.step)
+        # Each update takes every U-th row: devices split their own.
+        split = lambda x: x.reshape(-1, updates_a_rollout(self.config), *x.shape[1:]).swapaxes(0, 1)
+        rows = jax.tree.map(split, batch.get("pretraining", {}))
+        (policy, value), each = jax.lax.scan(update, (state.policy, state.value), (order, rows))
+        measured = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+        measured["rl/first_old_kl"] = jax.tree.map(lambda x: x[0], each["rl/old_kl"])
+        measured["train/skipped_steps"] = metrics.scalar(policy.skipped)
+        measured |= self._measurements(state, rollout, assessed, scores)
+
+        drift = assessed.kl(rollout)
+        answers = jnp.maximum(jnp.sum(rollout.answer_lengths > 0).astype(jnp.float32), 1.0)
+        observed = jnp.sum(drift) / answers
+        kept = RLState(
+            step=state.step + 1,
+            policy=policy,
+            value=value,
+            coefficient=self._coefficient(state.coefficient, observed),
+            kl=observed,
+            skipped=policy.skipped,
+        )
+        return kept, measured, Answers(scores, drift)
+
+    def _examples(self, state: RLState, rollout: Rollout, assessed: Assessed, scores: Float32[Array, "B"]) -> Examples:
+        """Advantages over the whole rollout, before it is cut into minibatches."""
+        config, mask = self.config, rollout.answer_mask
+        if config.missing_eos == "exclude":
+            mask &= rollout.ended[:, None]
+        else:
+            scores = adv.missing_eos(scores, rollout.ended, config.missing_eos, config.missing_eos_amount)
+        returns = jnp.zeros_like(assessed.values)
+        if config.ppo is not None:
+            rewards = adv.token_rewards(scores, assessed.logprobs, assessed.reference, mask, state.coefficient)
+            gains, returns = adv.generalized_advantages(
+                rewards, assessed.values, mask, config.ppo.gamma, config.ppo.lam
+            )
+            gains = adv.whitened(gains, mask)
+        else:
+            assert config.grpo is not None
+            groups = scores.reshape(config.prompts, config.samples)
+            if config.grpo.baseline == "group":
+                gains = adv.group_advantages(groups, config.grpo.epsilon)
+            else:
+                gains = adv.leave_one_out(groups)
+            gains = jnp.broadcast_to(gains.reshape(-1, 1), mask.shape)
+        return Examples(rollout, assessed.logprobs, assessed.reference, assessed.values, gains, returns, mask)
+
+    def _order(self, step: Array) -> Array:
+        """int32 [updates, minibatch]: which answers each update takes; every pass takes all of them once."""
+        B = self.config.prompts * self.config.samples
+        passes = [
+            jax.random.permutation(rng.key(self.config.seed, "minibatches", step, number), B)
+            for number in range(self.config.passes)
+        ]
+        return jnp.concatenate(passes).reshape(-1, self.config.minibatch_answers)
+
+    def _coefficient(self, coefficient: Array, observed: Array) -> Array:
+        ppo = self.config.ppo
+        if ppo is None or ppo.kl.kind == "fixed":
+            return coefficient
+        answers = self.config.prompts * self.config.samples
+        turned = kl.adaptive(coefficient, observed, ppo.kl.target, ppo.kl.horizon, answers)
+        return jnp.where(jnp.isfinite(turned), turned, coefficient)
+
+    def _measurements(
+        self, state: RLState, rollout: Rollout, assessed: Assessed, scores: Float32[Array, "B"]
+    ) -> dict[str, Mean]:
+        sums = rollout_sums(rollout, assessed, scores)
+        measured = {f"rl/{name}": total for name, total in sums.items() if name != "squared_reward"}
+        measured["rl/reward_std"] = metrics.scalar(spread(sums))
+        if self.models.reward is not None:
+            measured["rl/reward_model"] = _over(assessed.model_scores, rollout)
+        if self.config.verifiers:
+            measured["rl/verifier"] = _over(rollout.scores, rollout)
+        measured["rl/kl_coefficient"] = metrics.scalar(state.coefficient)
+        mask = rollout.answer_mask
+        off = jnp.abs(rollout.sampler_logprobs - assessed.logprobs)
+        tokens = jnp.sum(mask.astype(jnp.float32))
+        measured["rl/sampler_difference"] = Mean(jnp.sum(jnp.where(mask, off, 0.0)), tokens)
+        if self.config.ppo is not None:
+            examples = self._examples(state, rollout, assessed, scores)
+            sums = objectives.value_loss(assessed.values, assessed.values, examples.returns, examples.mask, 1.0)
+            measured["rl/explained_variance"] = metrics.scalar(objectives.explained_variance(sums))
+        return measured
+
+
+def assess(
+    config: RLConfig, models: Models, policy: Params, value: Params, frozen: dict[str, Params], rollout: Rollout
+) -> Assessed:
+    """What all models say of a rollout, `minibatch_answers` at a time: the updates' own shape."""
+    B = rollout.ids.shape[0]
+    M = min(config.minibatch_answers, B)
+
+    def part(rows: Rollout) -> Assessed:
+        tokens = lambda definition, params: (
+            forward.answer_tokens(definition, params, rows, config.temperature, config.loss_chunk_tokens).logprobs
+        )
+        logprobs = tokens(models.policy, policy)
+        values, scores = jnp.zeros_like(logprobs), jnp.zeros(logprobs.shape[0], jnp.float32)
+        if models.value is not None:
+            values = forward.answer_values(models.value, value, rows)
+        if models.reward is not None:
+            given = {criterion.name: criterion.weight for criterion in config.criteria}
+            weights = jnp.array([[given.get(name, 0.0)] for name in models.criteria], jnp.float32)
+            scores = (forward.rewards(models.reward, frozen["reward"], rows) @ weights)[:, 0]
+        return Assessed(logprobs, tokens(models.reference, frozen["reference"]), values, scores)
+
+    # Part a takes rows a, a + A, …: each device works on its own rows.
+    parts = jax.tree.map(lambda x: x.reshape(M, -1, *x.shape[1:]).swapaxes(0, 1), rollout)
+    made = jax.lax.map(part, parts)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), made)
+
+
+def rollout_sums(rollout: Rollout, assessed: Assessed, scores: Float32[Array, "B"]) -> dict[str, Mean]:
+    """Reward, KL, length and ends of a rollout's answers, also of one that nothing is learned from."""
+    return {
+        "reward": _over(scores, rollout),
+        "squared_reward": _over(jnp.square(scores), rollout),
+        "kl": _over(assessed.kl(rollout), rollout),
+        "answer_tokens": _over(rollout.answer_lengths.astype(jnp.float32), rollout),
+        "eos_rate": _over(rollout.ended.astype(jnp.float32), rollout),
+    }
+
+
+def spread(sums: dict[str, Mean]) -> Array:
+    """The rewards' standard deviation from their sums."""
+    return jnp.sqrt(jnp.maximum(sums["squared_reward"].value() - jnp.square(sums["reward"].value()), 0.0))
+
+
+def rollout_figures(sums: dict[str, Mean], prefix: str) -> dict[str, float]:
+    """The figures of sums over any number of batches, on the host."""
+    named = {f"{prefix}{name}": total for name, total in sums.items() if name != "squared_reward"}
+    return metrics.values(named) | {f"{prefix}reward_std": float(spread(sums))}
+
+
+def policy_metrics(
+    sums: objectives.PolicySums, tokens: forward.AnswerTokens, mask: Array, loss: Array, units: Array
+) -> dict[str, Mean]:
+    return {
+        "rl/policy_loss": Mean(jax.lax.stop_gradient(loss), units),
+        "rl/clip_fraction": Mean(sums.clipped, sums.tokens),
+        "rl/ratio": Mean(sums.ratio, sums.tokens),
+        "rl/old_kl": Mean(sums.old_kl, sums.tokens),
+        "rl/entropy": Mean(jnp.sum(jnp.where(mask, tokens.entropy, 0.0)), sums.tokens),
+    }
+
+
+def _over(x: Float32[Array, "B"], rollout: Rollout) -> Mean:
+    """The mean over real answers."""
+    real = rollout.answer_lengths > 0
+    return Mean(jnp.sum(jnp.where(real, x, 0.0)), jnp.sum(real.astype(jnp.float32)))

@@ -1,0 +1,137 @@
+"""The models of reinforcement learning: policy and value function learn; reference and reward model stay."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxlm.base import manifest, precision, sharding
+from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.data.loader import Loader
+from jaxlm.data.mixture import History
+from jaxlm.model.attention import chosen
+from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import Definition, Params
+from jaxlm.rl import rollout as rollouts
+from jaxlm.rl.config import RLConfig
+from jaxlm.rl.learner import Models, updates_a_rollout
+from jaxlm.train.model_directory import ModelDirectory
+from jaxlm.train.state import TrainState, abstract_rows, initial_state, state_shardings, with_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Directories:
+    policy: ModelDirectory
+    """the policy as it begins, and the reference"""
+    reward: ModelDirectory | None
+
+    def checked(self, config: RLConfig) -> "Directories":
+        """Itself. Raises UserError where a model is of the wrong kind, or the two do not read text alike."""
+        if self.policy.config.criteria:
+            raise UserError(f"model: {config.model} is a reward model; a language model is needed")
+        if self.reward is None:
+            return self
+        criteria = self.reward.config.criteria
+        if not criteria:
+            raise UserError(f"reward_model: {config.reward_model} is a language model; the stage reward makes one")
+        for criterion in config.criteria:
+            if criterion.name not in criteria:
+                raise ConfigError(
+                    "criteria", f"the reward model has no {criterion.name!r}; it has {', '.join(criteria)}"
+                )
+        if self.reward.tokenizer().hash != self.policy.tokenizer().hash:
+            raise UserError("reward_model: was trained with another tokenizer than the policy's")
+        templates = [directory.chat_template() for directory in (self.policy, self.reward)]
+        if len({template.hash if template else "" for template in templates}) > 1:
+            raise UserError("reward_model: was trained with another chat template than the policy's")
+        return self
+
+
+def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Models:
+    length = config.max_prompt_tokens + config.max_tokens
+    fitting = lambda shape: chosen(shape, mesh.devices.flat[0].platform, length)
+    policy = fitting(directories.policy.config)
+    reward = fitting(directories.reward.config) if directories.reward else None
+    value = dataclasses.replace(reward or policy, criteria=("value",)) if config.ppo else None
+    # What is not trained lies in the compute type, in which its products are taken anyway.
+    frozen = lambda shape: define_model(shape, precision.dtype(shape.compute))
+    return Models(
+        policy=define_model(policy),
+        reference=frozen(policy),
+        value=define_model(value) if value else None,
+        reward=frozen(reward) if reward else None,
+        criteria=reward.criteria if reward else (),
+    )
+
+
+class Part:
+    """A model that learns: its state's shapes and places, and the state with given first parameters."""
+
+    def __init__(
+        self, definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+    ):
+        self._make = functools.partial(initial_state, optimizer=optimizer, ema=ema)
+        abstract = jax.eval_shape(self._make, definition.abstract())
+        self.placed: TrainState = state_shardings(abstract, definition, mesh)
+        self.abstract: TrainState = with_shardings(abstract, self.placed)
+
+    def initial(self, params: Params) -> TrainState:
+        """`params` are used up."""
+        return jax.jit(self._make, out_shardings=self.placed, donate_argnums=0)(params)
+
+
+def first_value(config: RLConfig, directories: Directories, placed: Any) -> Params:
+    """The value function as it begins: the reward model's score, or the policy with a head of zeros."""
+    source = directories.reward or directories.policy
+    params = source.load_params(define_model(source.config))
+    if directories.reward is not None:
+        given = {criterion.name: criterion.weight for criterion in config.criteria}
+        weights = jnp.array([[given.get(name, 0.0)] for name in source.config.criteria], jnp.float32)
+        head, bias = params["score"] @ weights, (params["score_bias"][None, :] @ weights)[0]
+    else:
+        params = {name: leaf for name, leaf in params.items() if name != "head"}
+        head, bias = jnp.zeros((source.config.width, 1)), jnp.zeros(1)
+    return jax.device_put(params | {"score": head, "score_bias": bias}, placed)
+
+
+def load_frozen(directories: Directories, models: Models, like: dict[str, Any]) -> dict[str, Params]:
+    """Reference and reward model, where and as `abstract_batch` says."""
+    placed = jax.tree.map(lambda x: x.sharding, like)
+    frozen = {"reference": directories.policy.load_params(models.reference, placed["reference"])}
+    if directories.reward is not None and models.reward is not None:
+        frozen["reward"] = directories.reward.load_params(models.reward, placed["reward"])
+    return frozen
+
+
+def abstract_batch(config: RLConfig, models: Models, mesh: Mesh) -> dict[str, Any]:
+    """Shapes and places of all that an iteration takes beside the state."""
+    frozen = {"reference": with_shardings(models.reference.abstract(), models.reference.shardings(mesh))}
+    if models.reward is not None:
+        frozen["reward"] = with_shardings(models.reward.abstract(), models.reward.shardings(mesh))
+    answers, length = config.prompts * config.samples, config.max_prompt_tokens + config.max_tokens
+    batch: dict[str, Any] = {"frozen": frozen, "rollout": rollouts.abstract(mesh, answers, length, config.max_tokens)}
+    if config.ppo is not None and config.ppo.pretraining:
+        facts = manifest.read(config.ppo.pretraining[0].path, "rows", "ppo.pretraining").facts
+        rows = config.ppo.pretraining_rows * updates_a_rollout(config)
+        batch["pretraining"] = abstract_rows(mesh, rows, facts["row_length"])
+    return batch
+
+
+def pretraining_rows(config: RLConfig, mesh: Mesh, step: int, history: History) -> Iterator[Any] | None:
+    """PPO-ptx: each rollout's pretraining rows, those of all its updates together."""
+    if config.ppo is None or not config.ppo.pretraining:
+        return None
+    rows = config.ppo.pretraining_rows * updates_a_rollout(config)
+    loader = Loader(
+        [(source.path, source.weight) for source in config.ppo.pretraining],
+        "train",
+        global_batch=rows,
+        seed=config.seed,
+        own=sharding.own_rows(mesh, rows),
+    )
+    return (sharding.global_batch(mesh, batch, rows) for _, batch in loader.with_history(history).batches(step))

@@ -1,0 +1,104 @@
+"""The prompts of reinforcement learning: read once, then a step's prompts are a function of the step."""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import grain
+
+from jaxlm.base.errors import UserError
+from jaxlm.base.logging import logger
+from jaxlm.data import chats
+from jaxlm.data.config import ChatSource
+from jaxlm.text import readers, tally
+from jaxlm.text.clean import Reason
+from jaxlm.tokenizer.chat import ChatTemplate
+
+MAX_RECORD_BYTES = 2**24
+MAX_BAD_SHARE = 0.01
+
+
+class Prompt(NamedTuple):
+    number: int
+    """Its place among the prompts of its split: names its random numbers"""
+    text: str
+    """The last message, for verifiers and logs"""
+    ids: tuple[int, ...]
+    record: dict[str, Any]
+
+
+def read(
+    sources: Sequence[ChatSource],
+    template: ChatTemplate | None,
+    encode: Callable[[str], list[int]],
+    max_tokens: int,
+) -> list[Prompt]:
+    """The prompts of the sources, in order; without a chat template they are plain texts.
+
+    An assistant's last message is left out: it is what the policy is to write. Raises Refused where too many records
+    are bad, UserError where none is left.
+    """
+    prompts: list[Prompt] = []
+    tallies: dict[str, tally.Tally] = {}
+    for source in sources:
+        counted = tallies[source.name] = tally.Tally()
+        for record in readers.read_objects(source, MAX_RECORD_BYTES):
+            made = _prompt(record.value, len(prompts), template, encode)
+            if isinstance(made, Prompt) and len(made.ids) > max_tokens:
+                made = Reason("longer_than_max_prompt_tokens")
+            if isinstance(made, Prompt):
+                prompts.append(made)
+            counted.count(record.where, made if isinstance(made, Reason) else None, record.raw or str(record.value))
+            if isinstance(made, Reason) and made.bad:
+                logger.warning("%s: %s %s", record.where, made.name, made.detail)
+    for name, counted in tallies.items():
+        if counted.bad > MAX_BAD_SHARE * counted.read or not counted.read:
+            raise UserError(f"sources.{name}: {counted.bad} of {counted.read} records are bad: {dict(counted.dropped)}")
+    dropped = tally.report(tallies)["dropped"]
+    if not prompts:
+        raise UserError(f"sources: no prompt is left; dropped {dropped}")
+    logger.info("%d prompts%s", len(prompts), f", dropped {dropped}" if dropped else "")
+    return prompts
+
+
+def _prompt(
+    value: dict[str, Any] | Reason, number: int, template: ChatTemplate | None, encode: Callable[[str], list[int]]
+) -> Prompt | Reason:
+    if isinstance(value, Reason):
+        return value
+    given = value.get("messages", value.get("prompt"))
+    if isinstance(given, str) and template is None:
+        return Prompt(number, given, tuple(encode(given)), value)
+    messages = chats.messages_of(
+        {"messages": [{"role": "user", "content": given}] if isinstance(given, str) else given}
+    )
+    if isinstance(messages, Reason):
+        return messages
+    if template is None:
+        return Reason("conversation_for_a_model_without_chat_template", bad=True)
+    if messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    try:
+        return Prompt(number, str(messages[-1].get("content")), tuple(template.prompt(messages)), value)
+    except (UserError, IndexError) as error:
+        return Reason("refused_by_the_chat_template", bad=True, detail=str(error))
+
+
+class Order:
+    """Which prompts a step takes: all of them once an epoch, each epoch in an order of its own.
+
+    >>> Order(prompts, 4, seed=0).at(7)                                # the prompts of step 7
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], count: int, seed: int):
+        self.prompts, self.count = prompts, count
+        # As data/loader.py orders rows.
+        self._order = grain.MapDataset.range(len(prompts)).shuffle(seed=zlib.crc32(f"{seed}/prompts".encode())).repeat()
+
+    def at(self, step: int) -> list[Prompt]:
+        return [self.prompts[cast(int, self._order[step * self.count + i])] for i in range(self.count)]
+
+    def from_step(self, step: int) -> Iterator[tuple[int, list[Prompt]]]:
+        while True:
+            yield step, self.at(step)
+            step += 1

@@ -1,0 +1,121 @@
+"""Rolling out: the policy answers prompts, programs score the answers, the log keeps some of them."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxlm.base import files
+from jaxlm.base.metrics import Mean
+from jaxlm.model.weights import Params
+from jaxlm.rl import rollout as rollouts
+from jaxlm.rl.config import RLConfig
+from jaxlm.rl.prompts import Prompt
+from jaxlm.rl.rewards import Judge
+from jaxlm.rl.rollout import Rollout
+from jaxlm.sample.config import SamplingConfig
+from jaxlm.sample.decoding import prepare
+from jaxlm.sample.sampler import Completion, Sampler
+
+
+class Roller:
+    """Answers prompts and scores the answers, as far as programs do."""
+
+    def __init__(self, config: RLConfig, sampler: Sampler, judge: Judge, gold: Judge | None):
+        self.config, self.sampler, self.judge, self.gold = config, sampler, judge, gold
+
+    def roll(
+        self, params: Params, prompts: Sequence[Prompt], step: int, *, samples: int, seed: int, rows: int
+    ) -> tuple[Rollout, list[Completion], dict[str, Mean]]:
+        """(host arrays of `rows` rows, completions, measurements). `params`: the learner's, on its mesh.
+
+        An answer's random bits depend on (seed, step, prompt, sample) only.
+        """
+        config = self.config
+        began = time.monotonic()
+        sampling = SamplingConfig(
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            samples=samples,
+            seed=seed,
+            batch_rows=max(rows, 1),
+        )
+        completions = self.sampler.generate(
+            prepare(self.sampler.source_config, params),
+            [prompt.ids for prompt in prompts],
+            sampling,
+            step=step,
+            prompt_ids=[prompt.number for prompt in prompts],
+        )
+        drawn = time.monotonic()
+        scores = self.judge.scores(prompts, completions)
+        measured = {"rl/repetition": mean([repetition(completion.ids) for completion in completions])}
+        if self.gold is not None:
+            measured["rl/gold"] = mean(self.gold.scores(prompts, completions))
+        measured["rl/rollout_seconds"] = mean([drawn - began])
+        measured["rl/reward_seconds"] = mean([time.monotonic() - drawn])
+        S = config.max_prompt_tokens + config.max_tokens
+        made = rollouts.gather(prompts, completions, scores, S=S, T=config.max_tokens, rows=rows)
+        return made, completions, measured
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Of numbers on the host."""
+    total: Any = np.float32(sum(values)), np.float32(len(values))
+    return Mean(*total)
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """The share of an answer's n-grams that stood in it before.
+
+    >>> repetition([1, 2, 1, 2, 1, 2], n=2)
+    0.6
+    """
+    grams = Counter(tuple(ids[at : at + n]) for at in range(len(ids) - n + 1))
+    total = grams.total()
+    return (total - len(grams)) / total if total else 0.0
+
+
+class CompletionLog:
+    """WORKDIR/completions.jsonl: some answers of each rollout, with their scores; process 0 writes."""
+
+    def __init__(self, workdir: str, shown: int):
+        self.path, self.shown = epath.Path(workdir) / "completions.jsonl", shown
+
+    def cut(self, step: int) -> None:
+        """Takes out what a run wrote past the step from which it goes on."""
+        if jax.process_index() == 0 and self.path.exists():
+            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+            files.write_bytes(self.path, "".join(line + "\n" for line in lines).encode())
+
+    def write(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        scores: np.ndarray,
+        drift: np.ndarray,
+    ) -> None:
+        if jax.process_index() != 0 or not self.shown:
+            return
+        samples = len(completions) // len(prompts)
+        # One answer each to the first prompts, then further ones.
+        order = sorted(range(len(completions)), key=lambda index: (index % samples, index))
+        with open(self.path, "a", encoding="utf-8") as file:
+            for index in order[: self.shown]:
+                completion = completions[index]
+                record = {
+                    "step": step,
+                    "prompt": prompts[index // samples].text,
+                    "answer": completion.text,
+                    "reward": round(float(scores[index]), 5),
+                    "kl": round(float(drift[index]), 5),
+                    "tokens": len(completion.ids),
+                    "stop_reason": completion.stop_reason,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

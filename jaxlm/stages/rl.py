@@ -1,0 +1,377 @@
+"""Reinforcement learning: an assistant and a reward model (or verifiers) → a policy that is rewarded more.
+
+    python -m jaxlm rl --config=configs/ppo.py --workdir=runs/policy
+
+Every iteration draws answers to some prompts, scores them, and learns from them: with PPO (`ppo_step`; a value function
+that starts as the reward model, the KL to the reference in the reward) or with GRPO (`grpo_step`; an answer's baseline
+is its group, k3 to the reference in the loss). The reference is the policy as it began. Checkpoints lie at the ends of
+iterations. Results: WORKDIR/metrics.jsonl (rl/…), completions.jsonl (some answers of each rollout), reward_kl.png
+(reward and gold score against √KL) and model/.
+"""
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxlm.base import files, manifest, metrics, sharding
+from jaxlm.base.config import identity
+from jaxlm.base.errors import ConfigError
+from jaxlm.base.metrics import Mean
+from jaxlm.hub.find import find_model
+from jaxlm.model.transformer import flops_per_token
+from jaxlm.model.weights import Params
+from jaxlm.rl import forward, objectives, prompts
+from jaxlm.rl import rollout as rollouts
+from jaxlm.rl.config import RLConfig
+from jaxlm.rl.figures import draw_frontier
+from jaxlm.rl.learner import (
+    Examples,
+    Learner,
+    Models,
+    RLState,
+    assess,
+    policy_metrics,
+    rollout_figures,
+    rollout_sums,
+    updates_a_rollout,
+)
+from jaxlm.rl.models import Directories, Part, abstract_batch, define_models, first_value, load_frozen, pretraining_rows
+from jaxlm.rl.rewards import Judge
+from jaxlm.rl.rolling import CompletionLog, Roller, mean
+from jaxlm.sample.sampler import Sampler
+from jaxlm.text import readers
+from jaxlm.train import losses, model_directory
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.config import PlateauConfig
+from jaxlm.train.finish import Made, stopped_early, write_model
+from jaxlm.train.loop import Task, compiled_step, train
+from jaxlm.train.processes import from_first
+from jaxlm.train.schedule import learning_rate
+from jaxlm.train.state import Program, Shardings, TrainState
+from jaxlm.train.update import apply_gradients
+from jaxlm.train.watchdog import Watchdog
+
+Config = RLConfig
+
+
+def validate(config: RLConfig, device_count: int) -> None:
+    """Raises ConfigError for what no single field shows: answers and mesh together."""
+    pieces = sharding.batch_pieces(config.mesh.sizes(device_count))
+    if config.minibatch_answers % pieces:
+        raise ConfigError(
+            "minibatch_answers", f"{config.minibatch_answers} do not divide among {pieces} parts of the mesh"
+        )
+    tokens = config.minibatch_answers * config.max_tokens
+    if config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
+        raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide a minibatch's {tokens}")
+
+
+def inputs(config: RLConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    read = {}
+    for field in ("model", "reward_model"):
+        if getattr(config, field):
+            found = find_model(getattr(config, field), field)
+            read[str(found)] = manifest.read(found).hash
+    for source in config.ppo.pretraining if config.ppo else ():
+        read[source.path] = manifest.read(source.path, "rows", "ppo.pretraining").hash
+    return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
+
+
+def ppo_step(
+    policy: TrainState,
+    value: TrainState,
+    examples: Examples,
+    rows: dict[str, jax.Array],
+    *,
+    config: RLConfig,
+    models: Models,
+    policy_optimizer: Any,
+    value_optimizer: Any,
+) -> tuple[tuple[TrainState, TrainState], dict[str, Mean]]:
+    """One update of policy and value function on a minibatch of answers; `rows`: of pretraining, for PPO-ptx."""
+    ppo = config.ppo
+    assert ppo is not None
+    # All tokens of the minibatch count alike.
+    units = jnp.maximum(jnp.sum(examples.mask.astype(jnp.float32)), 1.0)
+
+    def policy_objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+        tokens = forward.answer_tokens(
+            models.policy, params, examples.rollout, config.temperature, config.loss_chunk_tokens
+        )
+        sums = objectives.policy_loss(
+            tokens.logprobs, examples.logprobs, examples.advantages, examples.mask, ppo.clip, ppo.clip
+        )
+        loss, measured = sums.loss / units, policy_metrics(sums, tokens, examples.mask, sums.loss, units)
+        if rows:
+            mixed = losses.row_sums(params, rows, models.policy)
+            loss += ppo.pretraining_coefficient * mixed.loss / jnp.maximum(mixed.targets, 1.0)
+            measured["rl/pretraining_loss"] = Mean(mixed.loss, mixed.targets)
+        return loss, measured
+
+    def value_objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+        assert models.value is not None
+        values = forward.answer_values(models.value, params, examples.rollout)
+        sums = objectives.value_loss(values, examples.values, examples.returns, examples.mask, ppo.value_clip)
+        return sums.loss / units, {
+            "rl/value_loss": Mean(sums.loss, units),
+            "rl/value_clip_fraction": Mean(sums.clipped, units),
+        }
+
+    (loss, measured), gradients = jax.value_and_grad(policy_objective, has_aux=True)(policy.params)
+    (value_loss, value_measured), value_gradients = jax.value_and_grad(value_objective, has_aux=True)(value.params)
+    # Both or neither: a policy without its value function's step would be judged by another's values.
+    good = jnp.isfinite(loss) & jnp.isfinite(value_loss) & jnp.any(examples.mask)
+    rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
+    policy, norms = apply_gradients(policy, gradients, good, rate, policy_optimizer, config.optimizer)
+    value_rate = rate * ppo.value_rate
+    value, _ = apply_gradients(value, value_gradients, good, value_rate, value_optimizer, ppo.value_optimizer)
+    return (policy, value), measured | value_measured | norms
+
+
+def grpo_step(
+    policy: TrainState,
+    value: tuple[()],
+    examples: Examples,
+    rows: dict[str, jax.Array],
+    *,
+    config: RLConfig,
+    models: Models,
+    policy_optimizer: Any,
+) -> tuple[tuple[TrainState, tuple[()]], dict[str, Mean]]:
+    """One update of the policy on a minibatch of answers; there is no value function."""
+    grpo = config.grpo
+    assert grpo is not None
+    weights, units = objectives.normalizers(examples.mask, grpo.normalization)
+    units = jnp.maximum(units, 1.0)
+
+    def objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+        tokens = forward.answer_tokens(
+            models.policy, params, examples.rollout, config.temperature, config.loss_chunk_tokens
+        )
+        sums = objectives.policy_loss(
+            tokens.logprobs,
+            examples.logprobs,
+            examples.advantages,
+            examples.mask,
+            grpo.clip,
+            grpo.clip,
+            weights=weights,
+        )
+        drift = objectives.kl_loss(tokens.logprobs, examples.reference, examples.mask, weights=weights)
+        total = sums.loss + grpo.kl_coefficient * drift
+        return total / units, policy_metrics(sums, tokens, examples.mask, total, units)
+
+    (loss, measured), gradients = jax.value_and_grad(objective, has_aux=True)(policy.params)
+    good = jnp.isfinite(loss) & jnp.any(examples.mask)
+    rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
+    policy, norms = apply_gradients(policy, gradients, good, rate, policy_optimizer, config.optimizer)
+    return (policy, value), measured | norms
+
+
+def open_models(config: RLConfig, verify: bool = True) -> Directories:
+    """The models' directories, which have to read text alike."""
+    policy = model_directory.read(find_model(config.model, "model"), verify=verify)
+    reward = None
+    if config.reward_model:
+        reward = model_directory.read(find_model(config.reward_model, "reward_model"), verify=verify)
+    return Directories(policy, reward).checked(config)
+
+
+def build(config: RLConfig, mesh: Mesh) -> Program:
+    """The compiled program from a rollout to the next state; the models' weights are read later."""
+    return build_from(config, mesh, open_models(config, verify=False))
+
+
+def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Program:
+    models = define_models(config, directories, mesh)
+    optimizer = optimizers.make_optimizer(config.optimizer, models.policy)
+    policy = Part(models.policy, optimizer, mesh, ema=config.optimizer.ema > 0)
+    step: Any = functools.partial(grpo_step, config=config, models=models, policy_optimizer=optimizer)
+    value = None
+    if config.ppo is not None and models.value is not None:
+        value_optimizer = optimizers.make_optimizer(config.ppo.value_optimizer, models.value)
+        value = Part(models.value, value_optimizer, mesh)
+        step = functools.partial(
+            ppo_step, config=config, models=models, policy_optimizer=optimizer, value_optimizer=value_optimizer
+        )
+    whole = sharding.replicated(mesh)
+    number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=whole)
+    abstract = RLState(
+        step=number(jnp.int32),
+        policy=policy.abstract,
+        value=value.abstract if value else (),
+        coefficient=number(jnp.float32),
+        kl=number(jnp.float32),
+        skipped=number(jnp.int32),
+    )
+
+    def initialize() -> RLState:
+        numbers = RLState(
+            step=jnp.int32(0),
+            policy=(),
+            value=(),
+            coefficient=jnp.float32(config.ppo.kl.coefficient if config.ppo else 0.0),
+            kl=jnp.float32(0),
+            skipped=jnp.int32(0),
+        )
+        return jax.device_put(numbers, whole)._replace(
+            policy=policy.initial(directories.policy.load_params(models.policy, policy.placed.params)),
+            value=value.initial(first_value(config, directories, value.placed.params)) if value else (),
+        )
+
+    batch = abstract_batch(config, models, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, (abstract, batch))
+    return Program(
+        step=jax.jit(
+            Learner(config, models, step),
+            in_shardings=placed,
+            out_shardings=(placed[0], whole, whole),
+            donate_argnums=0,
+        ),
+        initialize=initialize,
+        abstract_state=abstract,
+        abstract_batch=batch,
+        shardings=Shardings(*placed),
+        mesh=mesh,
+    )
+
+
+class Iteration:
+    """What the loop calls a step: draws answers, scores them, learns from them."""
+
+    def __init__(self, config: RLConfig, program: Program, roller: Roller, frozen: dict[str, Params]):
+        self.config, self.program, self.roller, self.frozen = config, program, roller, frozen
+        self.log = CompletionLog(config.workdir, config.shown_completions)
+        self.learn = compiled_step(program)
+
+    def __call__(self, state: RLState, batch: dict[str, Any]) -> tuple[RLState, dict[str, Mean]]:
+        config, asked = self.config, batch["prompts"]
+        answers = config.prompts * config.samples
+        made, completions, measured = self.roller.roll(
+            state.policy.params, asked, batch["step"], samples=config.samples, seed=config.seed, rows=answers
+        )
+        began = time.monotonic()
+        given = batch["rows"] | {
+            "frozen": self.frozen,
+            "rollout": rollouts.place(made, self.program.abstract_batch["rollout"]),
+        }
+        state, learned, each = self.learn(state, given)
+        scores, drift = jax.device_get(each)
+        measured["rl/learning_seconds"] = mean([time.monotonic() - began])
+        if (batch["step"] + 1) % config.loop.log_every_steps == 0:
+            self.log.write(batch["step"] + 1, asked, completions, scores, drift)
+        return state, measured | learned
+
+
+def evaluator(config: RLConfig, models: Models, roller: Roller, heldout: list[prompts.Prompt], frozen: Any, mesh: Mesh):
+    """state → the policy's figures on held-out prompts, one answer each, drawn with random numbers of their own."""
+    rows = config.minibatch_answers
+    like = rollouts.abstract(mesh, rows, config.max_prompt_tokens + config.max_tokens, config.max_tokens)
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def measure(policy: Params, value: Params, frozen: Any, rollout: rollouts.Rollout) -> Any:
+        assessed = assess(config, models, policy, value, frozen, rollout)
+        return rollout_sums(rollout, assessed, rollout.scores + assessed.model_scores)
+
+    def evaluate(state: RLState) -> dict[str, float]:
+        total: Any = None
+        gold: Any = None
+        for at in range(0, len(heldout), rows):
+            asked = heldout[at : at + rows]
+            made, _, measured = roller.roll(state.policy.params, asked, 0, samples=1, seed=config.seed + 1, rows=rows)
+            value = state.value.params if state.value else {}
+            sums = measure(state.policy.params, value, frozen, rollouts.place(made, like))
+            total = metrics.merge(total, sums) if total is not None else sums
+            if "rl/gold" in measured:
+                gold = metrics.merge(gold, measured["rl/gold"]) if gold is not None else measured["rl/gold"]
+        if total is None:
+            return {}
+        return rollout_figures(total, "eval/") | (metrics.values({"eval/gold": gold}) if gold is not None else {})
+
+    return evaluate
+
+
+def main(config: RLConfig) -> dict[str, Any]:
+    """Reinforces, goes on where it was, and writes WORKDIR/model at the end."""
+    began = time.monotonic()
+    validate(config, jax.device_count())
+    mesh = sharding.make_mesh(config.mesh)
+    with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
+        directories = open_models(config)
+        read_from = inputs(config)
+        from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
+        shape, tokenizer = directories.policy.config, directories.policy.tokenizer()
+        template = directories.policy.chat_template()
+        sampler = Sampler(shape, tokenizer, 0, template.stop_ids if template else ())
+        read = lambda split: prompts.read(
+            [s for s in config.sources if s.split == split], template, sampler.encode, config.max_prompt_tokens
+        )
+        asked = read("train")
+        heldout = read("heldout") if any(s.split == "heldout" for s in config.sources) else []
+        heldout = heldout[: config.heldout_prompts or None]
+        program, models = build_from(config, mesh, directories), define_models(config, directories, mesh)
+        frozen = load_frozen(directories, models, program.abstract_batch["frozen"])
+        judge = lambda some: Judge(config.verifiers, some, "verifiers")
+        gold = lambda some: Judge([config.gold], some, "gold") if config.gold else None
+        roller = Roller(config, sampler, judge(asked), gold(asked))
+        task = Task(
+            program=program,
+            compile=lambda: Iteration(config, program, roller, frozen),
+            other_layout=None,
+            model=shape,
+            steps=config.steps,
+            weights=tuple(source.weight for source in config.ppo.pretraining) if config.ppo else (),
+            batches=batches(config, asked, mesh),
+            evaluate=evaluator(
+                config, models, Roller(config, sampler, judge(heldout), gold(heldout)), heldout, frozen, mesh
+            ),
+            tokens_per_step=config.prompts * config.samples * config.max_tokens,
+            flops_per_token=flops_per_token(shape, config.max_prompt_tokens + config.max_tokens),
+            identity={"config": files.hash_json(identity(config, continued=True))}
+            | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
+            plateau=PlateauConfig(),
+            best_metric="",
+            headline=headline,
+            enough=lambda state: bool(config.kl_budget) and float(state.kl) > config.kl_budget,
+        )
+        outcome = train(task, config.loop, config.workdir, watchdog)
+        figure = outcome.evaluation.get("eval/reward")
+        summary = {
+            "seconds": time.monotonic() - began,
+            "tokens_per_second": outcome.tokens_per_second,
+            "figure": f"reward {figure:.3f} held out" if figure is not None else f"step {outcome.step}",
+        }
+        if stopped_early(outcome, config.loop.stop_at_step, config.steps):
+            return summary
+        watchdog.enter("save")
+        row_length = directories.policy.manifest.facts.get("row_length", 0)
+        facts = {"summary": summary, "row_length": row_length, "steps": outcome.step} | outcome.evaluation
+        if jax.process_index() == 0:
+            draw_frontier(config.workdir)
+        policy = outcome.state.policy
+        made = Made(config=config, inputs=read_from, facts=facts)
+        write_model(made, policy.ema or policy.params, shape, directories.policy.folder, mesh, template)
+    return summary
+
+
+def headline(values: dict[str, float]) -> str:
+    return f"reward {values['rl/reward']:.3f}  KL {values['rl/kl']:.3f}  ended {values['rl/eos_rate']:.0%}"
+
+
+def batches(config: RLConfig, asked: list[prompts.Prompt], mesh: Mesh) -> Any:
+    """The prompts of each step, and PPO-ptx's pretraining rows beside them."""
+    order = prompts.Order(asked, config.prompts, config.seed)
+
+    def from_step(step: int, history: Any) -> Iterator[dict[str, Any]]:
+        CompletionLog(config.workdir, config.shown_completions).cut(step)
+        mixed = pretraining_rows(config, mesh, step, history)
+        for number, some in order.from_step(step):
+            yield {"step": number, "prompts": some, "rows": {"pretraining": next(mixed)} if mixed else {}}
+
+    return from_step

@@ -1,0 +1,88 @@
+"""Toy tasks that must be learned: the reward is the share of an answer's characters that are an "a"."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxlm.data.config import ChatSource, MixtureSource
+from jaxlm.feedback.config import VerifierConfig
+from jaxlm.model.config import ModelConfig
+from jaxlm.rl.config import GRPOConfig, KLConfig, PPOConfig, RLConfig
+from jaxlm.stages import pretrain, rl
+from jaxlm.stages.config import PretrainConfig
+from jaxlm.train.config import CheckpointConfig, LoopConfig, ScheduleConfig
+
+MOST = 8
+
+
+def share_of_a(prompt: str, answer: str) -> float:
+    return min(answer.count("a") / MOST, 1.0)
+
+
+@pytest.fixture(scope="module")
+def base(packed_rows, tmp_path_factory) -> str:
+    workdir = str(tmp_path_factory.mktemp("base"))
+    config = PretrainConfig(
+        workdir=workdir,
+        data=(MixtureSource(path=packed_rows),),
+        model=ModelConfig(layers=1, width=32, heads=2, compute="float32"),
+        batch_rows=8,
+        steps=60,
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=5),
+    )
+    pretrain.main(config)
+    return workdir
+
+
+@pytest.fixture
+def config(base, tmp_path) -> RLConfig:
+    words = "the a small large red blue cat dog bird sees hears follows finds house river tree".split()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{word} "}) + "\n" for word in words))
+    return RLConfig(
+        workdir=str(tmp_path / "rl"),
+        model=base,
+        verifiers=(VerifierConfig(kind="function", function=f"{__name__}:share_of_a"),),
+        sources=(
+            ChatSource(name="train", path=str(path)),
+            ChatSource(name="heldout", path=str(path), split="heldout"),
+        ),
+        ppo=PPOConfig(kl=KLConfig(coefficient=0.003), value_rate=3.0),
+        prompts=64,
+        max_prompt_tokens=12,
+        max_tokens=MOST,
+        steps=40,
+        passes=2,
+        minibatch_answers=32,
+        schedule=ScheduleConfig(kind="linear", peak=3e-3, warmup_steps=2),
+        kl_budget=40.0,
+        loop=LoopConfig(log_every_steps=1, evaluate_every_steps=20, checkpoint=CheckpointConfig(every_steps=10)),
+    )
+
+
+def lines(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ppo_learns_within_the_kl_budget(config):
+    rl.main(config)
+    rolled = [line for line in lines(config) if "rl/reward" in line]
+    assert rolled[0]["rl/reward"] < 0.3
+    assert rolled[-1]["rl/reward"] > 0.9, [round(line["rl/reward"], 2) for line in rolled]
+    assert rolled[-1]["rl/kl"] < config.kl_budget
+    # The first update of a rollout finds the policy that drew it.
+    assert all(abs(line["rl/first_old_kl"]) < 1e-6 for line in rolled)
+    assert all(line["rl/sampler_difference"] < 1e-4 for line in rolled)
+    assert rolled[0]["rl/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_grpo_learns_within_the_kl_budget(config):
+    config = dataclasses.replace(
+        config, ppo=None, grpo=GRPOConfig(kl_coefficient=0.003), prompts=8, samples=8, steps=40
+    )
+    rl.main(config)
+    rolled = [line for line in lines(config) if "rl/reward" in line]
+    assert rolled[-1]["rl/reward"] > 0.9, [round(line["rl/reward"], 2) for line in rolled]
+    assert rolled[-1]["rl/kl"] < config.kl_budget
