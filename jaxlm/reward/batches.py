@@ -44,6 +44,8 @@ class Pair(NamedTuple):
     """By how much the better answer should score higher."""
     annotator: int = 0
     """Whose ranking it is, as the caller numbers them."""
+    kind: int = 0
+    """What made the worse answer, as the caller numbers them."""
 
 
 class Prompt(NamedTuple):
@@ -268,6 +270,7 @@ PAIR_ARRAYS = {
     "distance": np.int32,
     "ranked": np.int32,
     "annotator": np.int32,
+    "kind": np.int32,
     "better_tokens": np.int32,
     "worse_tokens": np.int32,
 }
@@ -281,7 +284,7 @@ def fill(
     ids, segment_ids, positions    int32 [own rows, S], as in `data/rows.py`
     better, worse                  int32 [R], row * S + position of each answer's last token, in the pair's piece
     criterion, weight, margin      int32, float32, float32 [R]; pairs of weight 0 are padding, 0 in all arrays
-    distance, annotator            int32 [R], as in `Pair`
+    distance, annotator, kind      int32 [R], as in `Pair`
     ranked                         int32 [R], how many of the prompt's answers are compared on this criterion: K
     better_tokens, worse_tokens    int32 [R], length of each answer, without the prompt
     prompts                        float32 [], how many there are, each with signal
@@ -310,6 +313,6 @@ def _pair_values(prompt: Prompt, places: dict[int, Place], row_length: int) -> I
     for pair in prompt.pairs:
         compared.setdefault(pair.criterion, set()).update((pair.better, pair.worse))
     for pair in prompt.pairs:
-        better, worse, criterion, weight, distance, margin, annotator = pair
+        better, worse, criterion, weight, distance, margin, annotator, kind = pair
         ranked, tokens = len(compared[criterion]), (sizes[better] - prompt.prefix, sizes[worse] - prompt.prefix)
-        yield last[better], last[worse], criterion, weight, margin, distance, ranked, annotator, *tokens
+        yield last[better], last[worse], criterion, weight, margin, distance, ranked, annotator, kind, *tokens

@@ -5,8 +5,8 @@ one prompt are not: read them as the least that is unknown.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -23,6 +23,7 @@ class Pairs(NamedTuple):
     ranked: np.ndarray
     distance: np.ndarray
     annotator: np.ndarray
+    kind: np.ndarray
 
 
 class Answers(NamedTuple):
@@ -87,7 +88,7 @@ def accuracy(pairs: Pairs) -> Share:
 
 
 def accuracy_by(pairs: Pairs, column: str) -> dict[int, Share]:
-    """Accuracy for each value of "ranked" (K), "distance", "criterion" or "annotator", in rising order."""
+    """Accuracy for each value of "ranked" (K), "distance", "criterion", "annotator" or "kind", in rising order."""
     values = getattr(pairs, column)
     return {int(value): accuracy(Pairs(*(x[values == value] for x in pairs))) for value in np.unique(values)}
 
@@ -120,6 +121,42 @@ def calibration(difference: Float[np.ndarray, " R"], bins: int = 10) -> tuple[li
         if observed.total:
             error += observed.total / len(difference) * abs(observed.share - mean)
     return table, error if len(difference) else math.nan
+
+
+def report(
+    pairs: Pairs, answers: Answers, criteria: Sequence[str], names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """All figures as JSON; `names`: what the numbers in "annotator" and "kind" stand for."""
+    table, error = calibration(pairs.difference)
+    by = {
+        column: {label(value): share._asdict() for value, share in accuracy_by(pairs, column).items()}
+        for column, label in {
+            "ranked": str,
+            "distance": str,
+            "criterion": lambda n: criteria[n],
+            "annotator": lambda n: names["annotator"][n],
+            "kind": lambda n: names["kind"][n],
+        }.items()
+    }
+    lengths = {criteria[n]: found._asdict() for n, found in length_correlation(answers).items()}
+    return plain(
+        {
+            "accuracy": accuracy(pairs)._asdict(),
+            "accuracy_by": by,
+            "calibration": [bin._asdict() | {"observed": bin.observed._asdict()} for bin in table],
+            "calibration_error": error,
+            "length_correlation": lengths,
+        }
+    )
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Correlation(NamedTuple):

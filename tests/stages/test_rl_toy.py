@@ -27,7 +27,7 @@ def base(packed_rows, tmp_path_factory) -> str:
     config = PretrainConfig(
         workdir=workdir,
         data=(MixtureSource(path=packed_rows),),
-        model=ModelConfig(layers=1, width=32, heads=2, compute="float32"),
+        model=ModelConfig(vocab_size=288, layers=1, width=32, heads=2, compute="float32"),
         batch_rows=8,
         steps=60,
         schedule=ScheduleConfig(peak=1e-2, warmup_steps=5),

@@ -1,0 +1,394 @@
+"""A reward model: an assistant and rankings of answers → a model that scores answers as the rankings do.
+
+    python -m jaxlm reward --config=configs/reward.py --workdir=runs/reward
+
+The output head gives way to one scalar head a criterion, read at an answer's last token. All answers of a prompt go
+through the model in one batch, each once, packed side by side; the loss compares every untied pair of them, a prompt
+counting as one however many answers it has (arXiv:2203.02155). At the end the mean reward of reference answers is
+brought to 0 by a bias. Results: WORKDIR/model (with tokenizer and chat template: rl refuses others), and in
+WORKDIR/report.json the accuracy on held-out rankings by K, distance, criterion, annotator and kind of worse answer,
+the calibration, and the correlation of reward with length.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxlm.base import files, manifest, sharding
+from jaxlm.base.config import identity
+from jaxlm.base.errors import ConfigError, JaxlmError, UserError
+from jaxlm.base.logging import logger
+from jaxlm.base.metrics import Mean
+from jaxlm.feedback import rankings
+from jaxlm.feedback.records import RankingRecord, pairs_of
+from jaxlm.hub.find import find_model
+from jaxlm.model.attention import chosen
+from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.model.weights import Definition, Params, initialize
+from jaxlm.reward import figures, losses
+from jaxlm.reward.batches import PAIR_ARRAYS, Pair, Prompt, RankingBatches
+from jaxlm.reward.config import RewardConfig
+from jaxlm.reward.scoring import ROWS, mean_rewards, piece_sums, placed_batch, scores_of
+from jaxlm.text import readers, tally
+from jaxlm.tokenizer import chat
+from jaxlm.train import model_directory
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.finish import Made, stopped_early, write_model
+from jaxlm.train.fit import require_batch_fits, require_model_fits
+from jaxlm.train.loop import Task, compiled_step, train
+from jaxlm.train.model_directory import ModelDirectory
+from jaxlm.train.processes import from_first
+from jaxlm.train.schedule import learning_rate
+from jaxlm.train.state import Program, TrainState, abstract_rows, make_program
+from jaxlm.train.update import apply_gradients, gradients_in_pieces
+from jaxlm.train.watchdog import Watchdog
+
+Config = RewardConfig
+
+
+def validate(config: RewardConfig, device_count: int) -> None:
+    """Raises ConfigError for what no single field shows: batch and mesh together."""
+    require_batch_fits(
+        config.mesh,
+        device_count,
+        batch_rows=config.batch_rows,
+        accumulate=config.accumulate,
+        row_length=config.row_length,
+    )
+
+
+def inputs(config: RewardConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    model = find_model(config.model, "model")
+    read = {str(model): manifest.read(model).hash}
+    if epath.Path(config.chat_template).suffix:
+        read[config.chat_template] = files.sha256(config.chat_template)
+    return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
+
+
+def read_records(config: RewardConfig) -> dict[str, list[RankingRecord]]:
+    """Split → records. Raises Refused where too many are bad; those lie in WORKDIR/rejects.jsonl.gz."""
+    path = epath.Path(config.workdir) / "rejects.jsonl.gz"
+    found: dict[str, list[RankingRecord]] = {"train": [], "heldout": []}
+    tallies = {}
+    with tally.rejects(path) as rejects:
+        for source in config.sources:
+            records, tallies[source.name] = rankings.load(source, rejects)
+            found[source.split] += records
+    report = tally.report(tallies)
+    tally.refuse_bad(tallies, config.max_bad_share, path)
+    logger.info("rankings: read %d, kept %d, dropped %s", report["read"], report["kept"], report["dropped"])
+    both = {r.prompt_id for r in found["train"]} & {r.prompt_id for r in found["heldout"]}
+    if both:
+        raise UserError(f"sources: {len(both)} prompts are in train and in heldout, such as {sorted(both)[:3]}")
+    return found
+
+
+class Encoder:
+    """Records → prompts of token ids and weighted pairs."""
+
+    def __init__(self, config: RewardConfig, template: chat.ChatTemplate):
+        self.config, self.template = config, template
+        self.weights = {annotator.name: annotator.weight for annotator in config.annotators}
+        self.names: dict[str, list[str]] = {"annotator": [], "kind": []}
+        """What the numbers in pairs stand for."""
+
+    def prompts(
+        self, records: Sequence[RankingRecord], wanted: Callable[[str], bool], apart: bool = False
+    ) -> list[Prompt]:
+        """The prompts as the `wanted` annotators see them; `apart`: a pair of two annotators counts as two."""
+        return [self.prompt(record, wanted, apart) for record in records]
+
+    def prompt(self, record: RankingRecord, wanted: Callable[[str], bool], apart: bool) -> Prompt:
+        try:
+            messages = list(record.messages)
+            prefix = len(self.template.prompt(messages))
+            answers = [self.answer(messages, completion.content) for completion in record.completions]
+        except JaxlmError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        place = {completion.id: number for number, completion in enumerate(record.completions)}
+        pairs = []
+        for number, criterion in enumerate(self.config.criteria):
+            weighted = losses.pair_weights(
+                (
+                    self.weights.get(annotation.annotator, 1.0),
+                    [(*pair, annotation.annotator if apart else "") for pair in pairs_of(annotation, criterion)],
+                )
+                for annotation in record.annotations
+                if wanted(annotation.annotator)
+            )
+            for (better, worse, distance, annotator), weight in weighted.items():
+                made_by = record.completions[place[worse]].policy or "unknown"
+                pairs.append(
+                    Pair(
+                        place[better],
+                        place[worse],
+                        number,
+                        weight,
+                        distance,
+                        margin=self.config.margin * distance,
+                        annotator=_index(self.names["annotator"], annotator),
+                        kind=_index(self.names["kind"], made_by),
+                    )
+                )
+        return Prompt(record.prompt_id, answers, pairs, prefix)
+
+    def answer(self, messages: list[Any], content: str) -> np.ndarray:
+        """The conversation with this answer, up to its stop token: what the template writes after it is no part."""
+        encoded = self.template.encode([*messages, {"role": "assistant", "content": content}])
+        return encoded.ids[: int(np.flatnonzero(encoded.targets)[-1]) + 1]
+
+
+def _index(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], *, config: RewardConfig, definition: Any, optimizer: Any
+) -> tuple[TrainState, dict[str, Mean]]:
+    """One update on a global batch: rows `[B, S]` of packed answers, and R pairs that point into them."""
+    # A prompt with signal counts as one, whatever its number of answers.
+    prompts = jnp.maximum(batch["prompts"], 1.0)
+
+    def objective(params: Params, piece: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+        if not config.centring:
+            # Differences do not feel the bias: its gradient is rounding, which Adam would blow up to whole steps.
+            params = params | {"score_bias": jax.lax.stop_gradient(params["score_bias"])}
+        sums = piece_sums(params, piece, definition, config.centring)
+        loss = losses.batch_loss(sums, prompts)
+        return loss, as_metrics(sums, prompts / config.accumulate)
+
+    pieces = {name: value for name, value in batch.items() if name != "prompts"}
+    (loss, measured), gradients = gradients_in_pieces(objective, state.params, pieces, config.accumulate)
+    good = jnp.isfinite(loss) & (batch["prompts"] > 0)
+    rate = learning_rate(config.schedule, state.step, config.steps)
+    state, norms = apply_gradients(state, gradients, good, rate, optimizer, config.optimizer)
+    return state, measured | norms
+
+
+def as_metrics(sums: losses.RankingSums, prompts: jax.Array) -> dict[str, Mean]:
+    weight = jnp.sum(sums.weight)
+    return {
+        "reward/loss": Mean(jnp.sum(sums.loss), prompts),
+        "reward/accuracy": Mean(jnp.sum(sums.correct), weight),
+        "reward/difference": Mean(jnp.sum(sums.difference), weight),
+        "reward/level": Mean(jnp.sum(sums.level), weight),
+    }
+
+
+def reward_shape(config: RewardConfig, model: ModelDirectory) -> Any:
+    return dataclasses.replace(model.config, criteria=config.criteria)
+
+
+def first_params(config: RewardConfig, model: ModelDirectory, definition: Definition, placed: Any) -> Params:
+    """The model's own weights with new heads; all of a reward model's of the same criteria."""
+    if model.config.criteria:
+        if model.config.criteria != config.criteria:
+            raise ConfigError("criteria", f"the model scores {model.config.criteria}; take these, or a language model")
+        return model.load_params(definition, placed)
+    shape = dataclasses.replace(model.config, scan_layers=_stacks(definition))
+    trunk = model.load_params(define_model(shape))
+    heads = jax.jit(lambda: {n: p for n, p in initialize(definition, config.seed).items() if n.startswith("score")})()
+    return jax.device_put({n: p for n, p in trunk.items() if n != "head"} | heads, placed)
+
+
+def _stacks(definition: Definition) -> bool:
+    return all(path[0] != "layers" for path, _ in definition)
+
+
+def build(config: RewardConfig, mesh: Mesh) -> Program:
+    """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
+    model = model_directory.read(find_model(config.model, "model"), verify=False)
+    return _build(config, mesh, model, model.config.scan_layers)
+
+
+def _build(config: RewardConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Program:
+    shape = dataclasses.replace(reward_shape(config, model), scan_layers=scan_layers)
+    definition = define_model(chosen(shape, mesh.devices.flat[0].platform, config.row_length))
+    optimizer = optimizers.make_optimizer(config.optimizer, definition)
+    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+    whole = sharding.replicated(mesh)
+    pairs = {
+        name: jax.ShapeDtypeStruct((config.batch_pairs,), kind, sharding=whole) for name, kind in PAIR_ARRAYS.items()
+    }
+    batch = {name: x for name, x in abstract_rows(mesh, config.batch_rows, config.row_length).items() if name in ROWS}
+    batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
+    start = functools.partial(first_params, config, model, definition)
+    return make_program(step, definition, optimizer, batch, mesh, ema=config.optimizer.ema > 0, start=start)
+
+
+class Heldout:
+    """Held-out rankings: the figures of a state's parameters."""
+
+    def __init__(self, config: RewardConfig, program: Program, definition: Definition, batches: RankingBatches | None):
+        self.config, self.program, self.batches = config, program, batches
+        whole = sharding.replicated(program.mesh)
+
+        @functools.partial(jax.jit, out_shardings=whole)
+        def measure(params: Params, batch: dict[str, jax.Array]) -> Any:
+            scores = scores_of(params, batch, definition)
+            criterion = batch["criterion"]
+            return (
+                scores[batch["better"], criterion],
+                scores[batch["worse"], criterion],
+                piece_sums(params, batch, definition, 0.0),
+            )
+
+        self.measure = measure
+
+    def results(self, state: TrainState) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, float]]:
+        """(batch, rewards of its better answers, those of its worse ones, its summed loss); of the average if any."""
+        for batch in self.batches.heldout(self.config.heldout_batches or None) if self.batches else ():
+            placed = placed_batch(self.program.mesh, batch, self.config.batch_rows // self.config.accumulate)
+            better, worse, sums = jax.device_get(self.measure(state.ema or state.params, placed))
+            yield batch, better, worse, float(sums.loss.sum())
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """eval/loss and eval/pair_accuracy."""
+        found = list(self.results(state))
+        if not found:
+            return {}
+        pairs, _ = figures.gather(result[:3] for result in found)
+        loss = sum(result[3] for result in found) / sum(float(result[0]["prompts"]) for result in found)
+        return {"eval/loss": loss, "eval/pair_accuracy": figures.accuracy(pairs).share}
+
+    def report(self, state: TrainState, encoder: Encoder) -> dict[str, Any]:
+        """What `figures.report` says of all held-out pairs; empty without any."""
+        found = [result[:3] for result in self.results(state)]
+        return figures.report(*figures.gather(found), self.config.criteria, encoder.names) if found else {}
+
+
+def centred(
+    params: Params, config: RewardConfig, definition: Definition, answers: Sequence[np.ndarray]
+) -> tuple[Params, list[float]]:
+    """Parameters whose mean reward over the reference answers is 0, by their bias; and what it was before."""
+    before = mean_rewards(definition, params, answers, config.row_length, config.batch_rows)
+    bias = params["score_bias"]
+    moved = jax.device_put(np.asarray(bias) - before.astype(np.float32), bias.sharding)
+    return params | {"score_bias": moved}, before.tolist()
+
+
+def require_centred(config: RewardConfig, definition: Definition, answers: Sequence[np.ndarray], mesh: Mesh) -> None:
+    """Reads the model back and measures; Raises JaxlmError where the mean is not 0."""
+    stored = model_directory.read(f"{config.workdir}/model")
+    with jax.set_mesh(mesh):
+        params = stored.load_params(definition, definition.shardings(mesh))
+        mean = mean_rewards(definition, params, answers, config.row_length, config.batch_rows)
+    # The hidden states are computed in the compute type, alike before and after; the bias is added in float32.
+    if np.abs(mean).max() > 1e-3:
+        raise JaxlmError(f"{stored.folder}: the mean reward of the reference answers is {mean}, not 0, after reading")
+
+
+def main(config: RewardConfig) -> dict[str, Any]:
+    """Trains, goes on where it was, and writes WORKDIR/model and report.json at the end."""
+    began = time.monotonic()
+    validate(config, jax.device_count())
+    mesh = sharding.make_mesh(config.mesh)
+    with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
+        model = model_directory.read(find_model(config.model, "model"))
+        own = None if config.chat_template else model.chat_template()
+        template = own or chat.load(config.chat_template or "chatml", model.tokenizer())
+        read_from = inputs(config)
+        from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
+        row_length = config.row_length or model.manifest.facts.get("row_length", 0)
+        if not row_length:
+            raise ConfigError("row_length", f"is 0, and {config.model} does not say on what rows it was trained")
+        config = dataclasses.replace(config, row_length=row_length)
+        require_model_fits(config.mesh, jax.device_count(), model.config)
+        records, encoder = read_records(config), Encoder(config, template)
+        apart = lambda name: name in config.heldout_annotators
+        together = encoder.prompts(records["train"], lambda name: not apart(name))
+        measured = encoder.prompts(records["heldout"], lambda name: True, apart=True)
+        measured += encoder.prompts(records["train"] if config.heldout_annotators else [], apart, apart=True)
+        reference = reference_answers(config, records["train"], together)
+        batches = ranking_batches(config, together, mesh, config.accumulate)
+        heldout = ranking_batches(config, measured, mesh, 0) if any(prompt.pairs for prompt in measured) else None
+        config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
+        logger.info(
+            "%d prompts, %d held out; left out: %s; %d steps",
+            len(batches.prompts),
+            len(heldout.prompts) if heldout else 0,
+            {reason: len(names) for reason, names in batches.dropped.items()} or "none",
+            config.steps,
+        )
+        program, shape = build(config, mesh), reward_shape(config, model)
+        definition = define_model(shape)
+        held = Heldout(config, program, definition, heldout)
+        task = Task(
+            program=program,
+            compile=lambda: compiled_step(program),
+            other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
+            model=shape,
+            steps=config.steps,
+            weights=(),
+            batches=lambda step, _: (placed_batch(mesh, b, config.batch_rows) for _, b in batches.batches(step)),
+            evaluate=held.evaluate,
+            tokens_per_step=config.batch_rows * config.row_length,
+            flops_per_token=flops_per_token(shape, config.row_length),
+            identity={"config": files.hash_json(identity(config, continued=True)), "chat template": template.hash}
+            | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
+            plateau=config.plateau,
+            best_metric="eval/loss",
+            headline=lambda v: f"loss {v['reward/loss']:.4f}  accuracy {v['reward/accuracy']:.3f}",
+        )
+        outcome = train(task, config.loop, config.workdir, watchdog)
+        accuracy = outcome.evaluation.get("eval/pair_accuracy")
+        summary = {
+            "seconds": time.monotonic() - began,
+            "tokens_per_second": outcome.tokens_per_second,
+            "figure": f"{accuracy:.1%} of held-out pairs" if accuracy is not None else f"step {outcome.step}",
+        }
+        if stopped_early(outcome, config.loop.stop_at_step, config.steps):
+            return summary
+        watchdog.enter("save")
+        with jax.set_mesh(mesh):
+            report = held.report(outcome.state, encoder)
+            params, before = centred(outcome.state.ema or outcome.state.params, config, definition, reference)
+        from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
+        facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
+        facts |= {"mean_before_centring": before, "reference_answers": len(reference)}
+        write_model(Made(config=config, inputs=read_from, facts=facts), params, shape, model.folder, mesh, template)
+        require_centred(config, definition, reference, mesh)
+    return summary
+
+
+def ranking_batches(config: RewardConfig, prompts: Sequence[Prompt], mesh: Mesh, pieces: int) -> RankingBatches:
+    """Of whole global batches in `pieces`; 0: of batches as large as a piece, to measure."""
+    rows, pairs = config.batch_rows, config.batch_pairs
+    if not pieces:
+        rows, pairs = rows // config.accumulate, pairs // config.accumulate
+    own = sharding.own_rows(mesh, rows)
+    return RankingBatches(
+        prompts,
+        rows=rows,
+        row_length=config.row_length,
+        pairs=pairs,
+        seed=config.seed,
+        pieces=pieces or 1,
+        own=own,
+    )
+
+
+def reference_answers(
+    config: RewardConfig, records: Sequence[RankingRecord], prompts: Sequence[Prompt]
+) -> list[np.ndarray]:
+    """The first answers of `reference_policy`, or of all, that fit into a row."""
+    found = [
+        answer
+        for record, prompt in zip(records, prompts, strict=True)
+        for completion, answer in zip(record.completions, prompt.answers, strict=True)
+        if config.reference_policy in ("", completion.policy) and len(answer) <= config.row_length
+    ]
+    if not found:
+        raise ConfigError("reference_policy", f"no answer is of policy {config.reference_policy!r}")
+    return found[: config.reference_answers]
