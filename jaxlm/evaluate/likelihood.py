@@ -53,7 +53,7 @@ def measure(
 ) -> dict[int, DocumentSums]:
     """Document number → its sums, over packed rows of any number of documents.
 
-    `bytes_of` is the tokenizer's `token_bytes()`. Every token but the first of a piece is a target, as in training.
+    `bytes_of` is the tokenizer's `token_bytes()`. The targets are a piece's own, or every token but its first.
     """
     sums: dict[int, DocumentSums] = defaultdict(DocumentSums)
     rows = iter(rows)
@@ -68,12 +68,13 @@ def measure(
         for number, pieces in enumerate(batch):
             start = 0
             for piece in pieces:
+                counted = np.ones(len(piece.ids) - 1, bool) if piece.targets is None else piece.targets[1:]
                 targets = slice(start + 1, start + len(piece.ids))
                 document = sums[piece.document]
-                document.nats -= float(np.sum(scores.logprobs[number, targets], dtype=np.float64))
-                document.tokens += len(piece.ids) - 1
-                document.bytes += int(bytes_of[piece.ids[1:]].sum())
-                document.correct += int(scores.correct[number, targets].sum())
+                document.nats -= float(np.sum(scores.logprobs[number, targets][counted], dtype=np.float64))
+                document.tokens += int(counted.sum())
+                document.bytes += int(bytes_of[piece.ids[1:]][counted].sum())
+                document.correct += int(scores.correct[number, targets][counted].sum())
                 start += len(piece.ids)
     return dict(sums)
 

@@ -11,6 +11,7 @@ Time: a forward pass over the texts, about a third of a training step's time a t
 with 95 % intervals over documents, and beside each what `xz -9` makes of the same documents concatenated.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -23,15 +24,19 @@ from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest, sharding
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data import rows as token_rows
+from jaxlm.data.config import ChatSource
 from jaxlm.data.loader import RowSource
 from jaxlm.data.rows import Piece
+from jaxlm.evaluate import answers
 from jaxlm.evaluate.config import EvaluateConfig
 from jaxlm.evaluate.likelihood import figures, measure, pack_texts, xz_bits_per_byte
 from jaxlm.hub.find import find_model
 from jaxlm.hub.language_model import LanguageModel, load
+from jaxlm.sample.sampler import Sampler
 from jaxlm.text import documents, readers
 from jaxlm.text.clean import Reason
 from jaxlm.text.config import SourceConfig
+from jaxlm.tokenizer import chat
 
 Config = EvaluateConfig
 MAX_RECORD_BYTES = 2**30
@@ -52,6 +57,8 @@ def inputs(config: EvaluateConfig) -> dict[str, str]:
         read[config.documents] = manifest.read(config.documents, "documents", "documents").hash
     for pattern in config.texts:
         read |= readers.inputs(_source(pattern, config.text_field))
+    for source in config.chats:
+        read |= readers.inputs(source)
     return read
 
 
@@ -69,7 +76,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         results["heldout"] = evaluate_rows(config, lm)
         _show("held-out rows", results["heldout"])
     row_length = config.row_length or lm.context_tokens
-    if config.texts and not row_length:
+    if (config.texts or config.chats) and not row_length:
         raise ConfigError("row_length", f"must be given: {model} does not say on how long rows it was trained")
     for pattern in config.texts:
         texts = list(read_texts(pattern, config.text_field))
@@ -77,10 +84,14 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         result = _measure(config, lm, packed, row_length) | {"xz_bits_per_byte": xz_bits_per_byte(texts)}
         results.setdefault("texts", {})[pattern] = result
         _show(pattern, result)
+    for source in config.chats:
+        result = evaluate_chats(config, lm, source, row_length)
+        results.setdefault("chats", {})[source.name] = result
+        _show(source.name, result)
 
     seconds = time.monotonic() - began
     all_results = [results["heldout"]] if config.rows else []
-    all_results += results.get("texts", {}).values()
+    all_results += [*results.get("texts", {}).values(), *results.get("chats", {}).values()]
     first = all_results[0]
     beside = f" (xz -9: {first['xz_bits_per_byte']:.3f})" if "xz_bits_per_byte" in first else ""
     summary = {
@@ -92,7 +103,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     manifest.write(
         workdir,
         "evaluation",
-        contents=["results.json"],
+        contents=["results.json", *(f"answers-{source.name}.jsonl" for source in config.chats if config.answers)],
         inputs=read_from,
         config=configs.identity(config),
         facts={"results": results, "summary": summary},
@@ -124,6 +135,31 @@ def evaluate_rows(config: EvaluateConfig, lm: LanguageModel) -> dict[str, Any]:
             size,
         )
     return result | {"xz_bits_per_byte": xz_bits_per_byte(texts), "document_bytes": size}
+
+
+def evaluate_chats(config: EvaluateConfig, lm: LanguageModel, source: ChatSource, row_length: int) -> dict[str, Any]:
+    """Figures of the answers' text, and of what the model answers itself."""
+    template = chat.load(config.chat_template, lm.tokenizer) if config.chat_template else lm.chat_template
+    if template is None:
+        raise ConfigError("chat_template", f"{config.model} has none; plain asks it in plain text")
+    found = answers.read(source, config.kinds)
+    packed = answers.pack(found, template, row_length, lm.tokenizer.token_bytes())
+    result = _measure(config, lm, packed, row_length)
+    asked = found[: config.answers]
+    if asked:
+        sampler = Sampler(lm.config, lm.tokenizer, row_length, template.stop_ids)
+        with jax.set_mesh(lm.mesh):
+            said = answers.answer(asked, template, lambda ids: sampler.generate(lm.params, ids, config.sampling))
+        result |= {"answers": answers.scores_of(asked, said, config.verifiers)}
+        path = epath.Path(config.workdir) / f"answers-{source.name}.jsonl"
+        lines = [
+            json.dumps(
+                {"prompt": answers.question(c), "answer": a.text, "stop_reason": a.stop_reason}, ensure_ascii=False
+            )
+            for c, a in zip(asked, said, strict=True)
+        ]
+        files.write_bytes(path, "".join(line + "\n" for line in lines).encode())
+    return result
 
 
 def read_texts(pattern: str, text_field: str) -> Iterator[str]:
@@ -178,3 +214,6 @@ def _show(name: str, result: dict[str, Any]) -> None:
         result["tokens"],
         result["bytes"],
     )
+    for score, found in result.get("answers", {}).items():
+        low, high = found["interval"] or (math.nan, math.nan)
+        logging.logger.info("%s: answers: %s %.3f (%.3f to %.3f)", name, score, found["value"], low, high)

@@ -337,6 +337,7 @@ def main(config: RLConfig) -> dict[str, Any]:
             | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
             plateau=PlateauConfig(),
             best_metric="",
+            evaluate_first=True,
             headline=headline,
             enough=lambda state: bool(config.kl_budget) and float(state.kl) > config.kl_budget,
         )

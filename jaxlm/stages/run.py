@@ -152,7 +152,7 @@ def write_manifest(config: RunConfig, stages: list[StageConfig], summaries: dict
 
 
 def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any], seconds: float) -> None:
-    """The table of stages, then what the last `sample` stage wrote."""
+    """The table of stages, then three prompts with what each `sample` stage's model made of them."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"{config.workdir}: {seconds:.0f} s")
     table.add_column("stage")
     table.add_column("time", justify="right")
@@ -163,9 +163,16 @@ def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any]
         table.add_row(name, f"{summary['seconds']:.1f} s", f"{rate:,.0f}" if rate else "", summary["figure"])
     logging.console.print(table)
     samples = [stage for stage in stages if stage.stage == "sample" and stage_name(stage) in summaries]
-    for sample in samples[-1:]:
-        for line in (Path(sample.workdir) / "completions.jsonl").read_text("utf-8").splitlines()[:3]:
-            record = json.loads(line)
-            logging.console.print(record["prompt"], style="bold", end="", markup=False)
-            logging.console.print(record["text"], style="cyan", markup=False)
-            logging.console.print()
+    said = {
+        stage_name(stage): [
+            json.loads(line) for line in (Path(stage.workdir) / "completions.jsonl").read_text("utf-8").splitlines()[:3]
+        ]
+        for stage in samples
+    }
+    for number in range(max(map(len, said.values()), default=0)):
+        for name, records in said.items():
+            for record in records[number : number + 1]:
+                logging.console.print(f"{name}: " if len(said) > 1 else "", style="dim", end="", markup=False)
+                logging.console.print(record["prompt"], style="bold", end=" ", markup=False)
+                logging.console.print(record["text"], style="cyan", markup=False)
+        logging.console.print()

@@ -20,7 +20,7 @@ from etils import epath
 
 from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest, sharding
-from jaxlm.base.errors import UserError
+from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.hub.find import find_model
 from jaxlm.hub.language_model import load
 from jaxlm.sample.config import SampleConfig
@@ -54,7 +54,10 @@ def main(config: SampleConfig) -> dict[str, Any]:
     prompts = read_prompts(config)
     lm = load(find_model(config.model, "model"), mesh=sharding.make_mesh(config.mesh))
     sampling = config.sampling
-    encoded = [lm.sampler.encode(prompt["prompt"]) for prompt in prompts]
+    if config.chat and lm.chat_template is None:
+        raise ConfigError("chat", f"{config.model} has no chat template; it was not trained on chats")
+    asked = [[{"role": "user", "content": p["prompt"]}] if config.chat else p["prompt"] for p in prompts]
+    encoded = [lm.encode(prompt, f"prompts[{number}]") for number, prompt in enumerate(asked)]
     group = max(1, sampling.batch_rows // sampling.samples)
     completions = []
     with logging.progress("sample", len(prompts)) as progress, jax.set_mesh(lm.mesh):

@@ -61,6 +61,8 @@ class Task:
     plateau: PlateauConfig
     best_metric: str = "eval/bits_per_byte"
     """what the plateau rule and `checkpoint.keep_best` look at, the lower the better; empty: nothing"""
+    evaluate_first: bool = False
+    """held-out figures of the state before the first step too, as those of step 0"""
     headline: Callable[[dict[str, float]], str] = lambda values: f"loss {values['train/loss']:.4f}"
     """a step's metrics → what the log says of them"""
     enough: Callable[[Any], bool] = lambda state: False
@@ -119,7 +121,7 @@ def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> O
         history = mixture.continued(restored.extra["mixture"] if restored else (), step, task.weights)
         if len(history) > 1:
             logger.info("the mixture's weights: %s", ", ".join(f"{w} from step {start}" for start, w in history))
-        writer = _on_all(lambda: MetricsWriter(workdir, step))
+        writer = _on_all(lambda: MetricsWriter(workdir, step if restored else -1))
         run = _Run(task, config, workdir, checkpoints, writer, watchdog, _Clock(task, peak), figures, history)
         try:
             return run.steps(state, step, last, stop)
@@ -190,6 +192,8 @@ class _Run:
         clock = self.clock
         clock.restart(step)
         first, began, finished = step, time.monotonic(), step >= last
+        if step == 0 and task.evaluate_first and not finished:
+            self._evaluate(state, 0)
         with progress("train", last) as bar:
             bar.advance(step)
             while not finished:
