@@ -59,7 +59,8 @@ def table(definition: Definition, config: OptimizerConfig) -> list[tuple[str, st
 
 def make_optimizer(config: OptimizerConfig, definition: Definition) -> optax.GradientTransformation:
     """(gradients, state, params) → (direction, state); the step adds learning rate × direction."""
-    if config.embedding_rate != 1 and not any(declared.axes[-1] == "vocab" for _, declared in definition):
+    heads = any(declared.axes[-1] in ("vocab", "criteria") for _, declared in definition)
+    if config.embedding_rate != 1 and not heads:
         raise ConfigError("optimizer.embedding_rate", "a tied embedding is the output head too; leave its rate at 1")
     tables = optax.masked(optax.scale(config.embedding_rate), definition.tree(lambda w: w.axes[0] == "vocab"))
     # Decay comes last, at the step's own rate for every weight.
