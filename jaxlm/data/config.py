@@ -45,7 +45,8 @@ class PackConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatSource(SourceConfig):
-    """Where some of the chats come from: JSONL, ArrayRecord, Parquet or TFDS, with messages, or prompt and completion.
+    """Where some of the chats come from: JSONL, ArrayRecord, Parquet or TFDS, with messages, or prompt and completion;
+    or the installed documentation.
 
     `split="heldout"` measures; train chats that are equal to a held-out one are dropped.
     """
@@ -58,7 +59,7 @@ class ChatSource(SourceConfig):
         check(
             self.format not in ("text", "markdown", "installed_docs"),
             "format",
-            f"got {self.format!r}; chats are objects: jsonl, parquet, array_record or tfds is needed",
+            f"got {self.format!r}; chats are objects: jsonl, parquet, array_record, tfds or installed_chats is needed",
         )
         check(not self.general or self.split == "heldout", "general", "is measured only; set split='heldout' too")
 

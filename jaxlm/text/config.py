@@ -1,12 +1,15 @@
 """What `prepare` reads, and which documents it keeps."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from jaxlm.base.config import StageConfig, check
 from jaxlm.base.errors import ConfigError
 
-Format = Literal["auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs"]
+InstalledObjects = Literal["installed_chats", "installed_rankings", "installed_tasks"]
+Format = Literal[
+    "auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs", InstalledObjects
+]
 Split = Literal["train", "heldout"]
 
 
@@ -19,13 +22,14 @@ class SourceConfig:
     path: str = ""
     """A file, a glob or a folder, local or remote; for tfds the dataset, such as wikipedia/20230601.en."""
     format: Format = "auto"
-    """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects)."""
+    """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects). installed_…
+    read `modules`: their documentation, or chats, rankings and tasks about it, whose split divides the functions."""
     split: Split = "train"
     """heldout is kept out of training: train documents that overlap with it are dropped."""
     text_field: str = "text"
     """Name of the field or column that holds the text."""
     modules: tuple[str, ...] = ()
-    """installed_docs only: the modules whose documentation is read, such as json and numpy.linalg."""
+    """installed_… only: the modules whose documentation is read, such as json and numpy.linalg."""
     tfds_split: str = "train"
     """tfds only: the dataset's own split, slices allowed, such as train[:10%]."""
     tfds_folder: str = ""
@@ -33,12 +37,12 @@ class SourceConfig:
 
     def __post_init__(self):
         check(bool(self.name) and "/" not in self.name, "name", f"got {self.name!r}; a name without / is needed")
-        if self.format == "installed_docs":
-            check(bool(self.modules), "modules", "is empty; installed_docs needs at least one module")
-            check(not self.path, "path", f"got {self.path!r}; installed_docs reads modules, not a path")
+        if self.format.startswith("installed_"):
+            check(bool(self.modules), "modules", f"is empty; {self.format} needs at least one module")
+            check(not self.path, "path", f"got {self.path!r}; {self.format} reads modules, not a path")
         else:
             check(bool(self.path), "path", f"is empty; the format {self.format} needs a path")
-            check(not self.modules, "modules", "are read by the format installed_docs only")
+            check(not self.modules, "modules", f"are read by the formats installed_… only, not by {self.format}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,10 @@ class PrepareConfig(StageConfig):
 
     def __post_init__(self):
         check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
+        for source in self.sources:
+            if source.format in get_args(InstalledObjects):
+                problem = f"{source.name!r} has the format {source.format}, objects without a text"
+                raise ConfigError("sources", f"{problem}; documents are needed: installed_docs")
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:

@@ -30,7 +30,7 @@ def documents(modules: Iterable[str], field: str) -> Iterator[tuple[str, str, st
     Raises UserError, naming the config's `field`, for a module that cannot be imported.
     """
     for name in modules:
-        module = _import(name, field)
+        module = import_module(name, field)
         topics = getattr(module, "topics", None)
         if name == "pydoc_data.topics" and isinstance(topics, dict):
             yield from ((name, f"{name}:{topic}", topics[topic]) for topic in sorted(topics))
@@ -53,7 +53,7 @@ def _distributions() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
-def _import(name: str, field: str) -> types.ModuleType:
+def import_module(name: str, field: str) -> types.ModuleType:
     silent = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
@@ -63,10 +63,22 @@ def _import(name: str, field: str) -> types.ModuleType:
         raise UserError(f"{field}: {name} cannot be imported ({type(error).__name__}: {error})") from error
 
 
+def whole_module(name: str, field: str) -> types.ModuleType:
+    """The module with what it only makes when asked for (concurrent.futures.ThreadPoolExecutor): otherwise it would
+    depend on what the process did before, what it offers."""
+    module = import_module(name, field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in vars(module).get("__all__") or ():
+            with contextlib.suppress(Exception):  # foreign code
+                getattr(module, each)
+    return module
+
+
 def _of_module(module: types.ModuleType) -> Iterator[tuple[str, str]]:
     """(object's name, text) for each document of a module."""
-    gathered = [_section(module.__name__, module)] if _docstring(module) else []
-    for name, value in _public(module):
+    gathered = [_section(module.__name__, module)] if docstring(module) else []
+    for name, value in public(module):
         sections = list(_sections(f"{module.__name__}.{name}", value))
         if sum(map(len, sections)) < SHORT:
             gathered += sections
@@ -90,22 +102,22 @@ def _divided(owner: str, sections: list[str]) -> Iterator[tuple[str, str]]:
 
 def _sections(title: str, value: object) -> Iterator[str]:
     """The docstring of a function or class, then those of the class's own public methods, each under its name."""
-    if _docstring(value):
+    if docstring(value):
         yield _section(title, value)
     if inspect.isclass(value):
         for name, member in sorted(vars(value).items()):
             if isinstance(member, staticmethod | classmethod):
                 member = member.__func__
             described = inspect.isroutine(member) or isinstance(member, property)
-            if not name.startswith("_") and described and _docstring(member):
+            if not name.startswith("_") and described and docstring(member):
                 yield _section(f"{title}.{name}", member)
 
 
 def _section(title: str, value: object) -> str:
-    return f"{title}\n\n{_docstring(value)}\n"
+    return f"{title}\n\n{docstring(value)}\n"
 
 
-def _docstring(value: object) -> str:
+def docstring(value: object) -> str:
     """The object's own docstring, without indentation; empty when it has none, or only one made by a decorator."""
     text = getattr(value, "__doc__", None)
     if not isinstance(text, str) or (not inspect.isclass(value) and text == type(value).__doc__):
@@ -115,7 +127,7 @@ def _docstring(value: object) -> str:
     return _ADDRESS.sub("", inspect.cleandoc(text)).strip()
 
 
-def _public(module: types.ModuleType) -> Iterator[tuple[str, object]]:
+def public(module: types.ModuleType) -> Iterator[tuple[str, object]]:
     """The documented callables that a module offers: those in `__all__`, else those of its own package."""
     names = vars(module).get("__all__")
     package = module.__name__.partition(".")[0]

@@ -17,7 +17,7 @@ from etils import epath
 
 from jaxlm.base import files
 from jaxlm.base.errors import UserError, nearest
-from jaxlm.text import installed
+from jaxlm.text import installed, questions
 from jaxlm.text.clean import Reason
 from jaxlm.text.config import SourceConfig
 
@@ -25,6 +25,11 @@ BLOCK = 1 << 18  # bytes read at a time
 TOO_LARGE = Reason("longer_than_max_record_bytes", bad=True)
 BROKEN_UTF8 = Reason("broken_utf8", bad=True)
 
+INSTALLED_OBJECTS = {
+    "installed_chats": questions.chats,
+    "installed_rankings": questions.rankings,
+    "installed_tasks": questions.tasks,
+}
 ENDINGS = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "text": (".txt",),
@@ -36,7 +41,7 @@ ENDINGS = {
 
 class Record(NamedTuple):
     where: str
-    """file:line, file:row, module:object or dataset:number"""
+    """file:line, file:row, module:object, dataset:number or format:number"""
     outcome: str | Reason
     raw: str
     """What a bad record says, with bytes that are no UTF-8 written as \\xNN; empty for a good one."""
@@ -48,6 +53,9 @@ def read(source: SourceConfig, max_bytes: int) -> Iterator[Record]:
     if source.format == "installed_docs":
         for module, where, text in installed.documents(source.modules, f"sources.{source.name}.modules"):
             yield Record(where, text, "", module)
+    elif source.format in INSTALLED_OBJECTS:
+        problem = f"{source.format} gives objects, not texts; installed_docs gives the same modules' documentation"
+        raise UserError(f"sources.{source.name}.format: {problem}")
     elif source.format == "tfds":
         yield from (Record(where, outcome, raw, source.name) for where, outcome, raw in _tfds(source))
     else:
@@ -67,7 +75,14 @@ class ObjectRecord(NamedTuple):
 
 
 def read_objects(source: SourceConfig, max_bytes: int) -> Iterator[ObjectRecord]:
-    """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet or TFDS."""
+    """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet, TFDS or `questions`."""
+    if source.format == "installed_docs":
+        advice = f"{', '.join(INSTALLED_OBJECTS)} give objects about the same modules"
+        raise UserError(f"sources.{source.name}.format: installed_docs gives texts, not objects; {advice}")
+    if make := INSTALLED_OBJECTS.get(source.format):
+        for number, value in enumerate(make(source.modules, source.split, f"sources.{source.name}.modules"), 1):
+            yield ObjectRecord(f"{source.format}:{number}", value, "")
+        return
     if source.format == "tfds":
         builder, records = _tfds_records(source)
         for number in range(len(records)):
@@ -98,8 +113,9 @@ def _plain(value: Any) -> Any:
 
 def inputs(source: SourceConfig) -> dict[str, str]:
     """What the source consists of → a hash or version of each."""
-    if source.format == "installed_docs":
-        return {f"installed:{module}": installed.version(module) for module in source.modules}
+    if source.format.startswith("installed_"):
+        generator = {source.format: f"version {questions.VERSION}"} if source.format in INSTALLED_OBJECTS else {}
+        return generator | {f"installed:{module}": installed.version(module) for module in source.modules}
     if source.format == "tfds":
         return {f"tfds:{source.path}": f"{_tfds_builder(source).info.full_name} {source.tfds_split}"}
     return {str(path): files.sha256(path) for path, _ in _files(source)}
