@@ -89,6 +89,38 @@ def reinforced(name: str, kind: Kind, steps: int, **fields) -> RLConfig:
     )
 
 
+def reinforcement() -> tuple:
+    return (
+        reinforced(
+            "ppo",
+            "installed_rankings",
+            steps=20,
+            reward_model="@reward",
+            gold=GOLD,
+            ppo=PPOConfig(kl=KLConfig(coefficient=0.05)),
+            prompts=64,
+            max_tokens=48,
+            minibatch_answers=32,
+            missing_eos="replace",
+            missing_eos_amount=-4.0,
+            schedule=ScheduleConfig(kind="linear", peak=6e-4, warmup_steps=2),
+            kl_budget=10.0,
+        ),
+        reinforced(
+            "grpo",
+            "installed_tasks",
+            steps=20,
+            verifiers=(VerifierConfig(kind="exact"),),
+            grpo=GRPOConfig(),
+            prompts=16,
+            samples=8,
+            max_tokens=16,
+            minibatch_answers=64,
+            schedule=ScheduleConfig(kind="linear", peak=6e-4, warmup_steps=2),
+        ),
+    )
+
+
 def get_config() -> RunConfig:
     asked = both("installed_chats")[1:]
     sampling = SamplingConfig(max_tokens=48, temperature=0.0)
@@ -110,35 +142,12 @@ def get_config() -> RunConfig:
                 sources=both("installed_rankings", RankingSource),
                 criteria=("overall", "helpful", "truthful"),
                 batch_rows=8,
-                steps=80,
-                schedule=ScheduleConfig(kind="linear", peak=1e-3, warmup_steps=10, final_share=0.0),
-                loop=LoopConfig(evaluate_every_steps=80),
+                steps=200,
+                optimizer=OptimizerConfig(kind="muon", embedding_rate=24.0),
+                schedule=ScheduleConfig(kind="linear", peak=4e-3, warmup_steps=10, final_share=0.0),
+                loop=LoopConfig(evaluate_every_steps=100),
             ),
-            reinforced(
-                "ppo",
-                "installed_rankings",
-                steps=20,
-                reward_model="@reward",
-                gold=GOLD,
-                ppo=PPOConfig(kl=KLConfig(coefficient=0.05)),
-                prompts=64,
-                max_tokens=48,
-                minibatch_answers=32,
-                schedule=ScheduleConfig(kind="linear", peak=3e-4, warmup_steps=2),
-                kl_budget=10.0,
-            ),
-            reinforced(
-                "grpo",
-                "installed_tasks",
-                steps=20,
-                verifiers=(VerifierConfig(kind="normalized"),),
-                grpo=GRPOConfig(),
-                prompts=16,
-                samples=8,
-                max_tokens=16,
-                minibatch_answers=64,
-                schedule=ScheduleConfig(kind="linear", peak=3e-4, warmup_steps=2),
-            ),
+            *reinforcement(),
             EvaluateConfig(
                 name="base-answers", model="@pretrain", chats=asked, kinds=("what",), chat_template="plain", answers=0
             ),

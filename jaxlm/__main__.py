@@ -21,6 +21,8 @@ class Stage(NamedTuple):
     config: str
     """module:class of its config, importable without jax"""
     purpose: str
+    argument: str = ""
+    """Field that a bare argument sets; a stage with one needs neither --config nor --workdir."""
 
 
 STAGES = {
@@ -29,14 +31,17 @@ STAGES = {
     "pack": Stage("jaxlm.stages.pack", "jaxlm.data.config:PackConfig", "documents → rows of tokens"),
     "pretrain": Stage("jaxlm.stages.pretrain", "jaxlm.stages.config:PretrainConfig", "rows → base model"),
     "sft": Stage("jaxlm.stages.sft", "jaxlm.stages.config:SFTConfig", "base model + chats → assistant"),
+    "reward": Stage("jaxlm.stages.reward", "jaxlm.reward.config:RewardConfig", "assistant + rankings → reward model"),
+    "rl": Stage("jaxlm.stages.rl", "jaxlm.rl.config:RLConfig", "assistant + rewards → policy"),
     "sample": Stage("jaxlm.stages.sample", "jaxlm.sample.config:SampleConfig", "model + prompts → completions"),
+    "chat": Stage("jaxlm.stages.chat", "jaxlm.sample.config:ChatConfig", "a conversation with a model", "model"),
     "evaluate": Stage("jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts → bits per byte"),
     "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
 }
 
 # Stages that use devices, and those of them that several processes can run together.
-ON_DEVICES = ("pretrain", "sft", "sample", "evaluate", "run")
-PARALLEL = ("pretrain", "sft")
+ON_DEVICES = ("pretrain", "sft", "reward", "rl", "sample", "chat", "evaluate", "run")
+PARALLEL = ("pretrain", "sft", "reward", "rl")
 
 USAGE = """\
 python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
@@ -59,8 +64,10 @@ def config_class(name: str) -> type[configs.StageConfig]:
 def help_text(name: str) -> str:
     """The fields of a stage's config."""
     cls = config_class(name)
-    lines = [f"python -m jaxlm {name} --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]", ""]
-    lines += [" ".join((cls.__doc__ or "").split()), "", "Fields (type = default):", ""]
+    lines = [f"python -m jaxlm {name} --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]"]
+    if argument := STAGES[name].argument:
+        lines += [f"python -m jaxlm {name} {argument.upper()} [--workdir=DIR] [--config.FIELD=VALUE ...]"]
+    lines += ["", " ".join((cls.__doc__ or "").split()), "", "Fields (type = default):", ""]
     hidden = ("workdir",)
     for field, kind, default, doc in configs.describe(cls):
         if field not in hidden:
@@ -68,7 +75,7 @@ def help_text(name: str) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
+def parse_arguments(name: str, arguments: list[str]) -> tuple[str, str, dict[str, str]]:
     """(--config, --workdir, raw overrides) from the arguments after the stage; absl parses all but the overrides."""
     from absl import flags
 
@@ -84,24 +91,29 @@ def parse_arguments(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
         else:
             rest.append(argument)
     values = flags.FlagValues()
+    values.set_gnu_getopt()  # flags may stand behind a bare argument
     flags.DEFINE_string("config", None, "File with get_config().", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder for the results.", flag_values=values)
     try:
         left = values(["jaxlm", *rest])
     except flags.Error as error:
         raise UserError(f"{str(error).splitlines()[0]}; the flags are --config, --workdir and --config.FIELD") from None
+    argument = STAGES[name].argument
+    if argument and len(left) > 1 and argument not in overrides:
+        overrides[argument] = left.pop(1)
     if len(left) > 1:
         raise UserError(f"{left[1]!r}: is not understood; the flags are --config, --workdir and --config.FIELD=VALUE")
     for flag in ("config", "workdir"):
-        if not getattr(values, flag):
+        if not getattr(values, flag) and not argument:
             raise UserError(f"--{flag}: is missing; usage: {USAGE.splitlines()[0]}")
-    return values.config, values.workdir, overrides
+    return values.config or "", values.workdir or "", overrides
 
 
 def make_config(name: str, path: str, workdir: str, overrides: dict[str, str]) -> configs.StageConfig:
-    """The stage's final config: file, overrides, checks."""
-    config = configs.load_config_file(path)
+    """The stage's final config: file, overrides, checks. Without a file: the defaults."""
     cls = config_class(name)
+    argument = STAGES[name].argument
+    config = configs.load_config_file(path) if path else cls(**{argument: overrides.get(argument, "")})
     if "://" in workdir:
         raise UserError(
             f"--workdir: {workdir} is no folder of a file system, and metrics and logs are appended to files, which "
@@ -174,8 +186,9 @@ def run(name: str, config: configs.StageConfig) -> None:
         from_first(lambda: prepare_workdir(config))
         logging.start(config.workdir if jax.process_index() == 0 else None)
     elif name != "run":  # `run` decides stage by stage
-        prepare_workdir(config)
-        refuse_other_inputs(name, config)
+        if config.workdir:
+            prepare_workdir(config)
+            refuse_other_inputs(name, config)
         logging.start(config.workdir)
     load_stage(name).main(config)
 
@@ -207,7 +220,7 @@ def main(arguments: list[str]) -> int:
         if any(argument in ("--help", "-h", "-help") for argument in rest):
             print(help_text(name))
             return 0
-        run(name, make_config(name, *parse_arguments(rest)))
+        run(name, make_config(name, *parse_arguments(name, rest)))
         return 0
     except JaxlmError as error:
         print(f"jaxlm: {error}", file=sys.stderr)

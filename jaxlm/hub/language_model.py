@@ -5,6 +5,7 @@ lm.generate(["The array is"], max_tokens=32, temperature=0.7)[0].text
 lm.chat([{"role": "user", "content": "What does textwrap.dedent do?"}])         # of a model trained on chats
 lm.score(["A sentence."])[0].bits_per_byte
 lm.logits([[1, 17, 23]]).shape                                         # (1, 3, V)
+jaxlm.load("runs/reward").reward([[question, answer]])                 # of a reward model: float32 [1]
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from jax.sharding import Mesh
 
 from jaxlm.base.arrays import Array, Float32, Int
 from jaxlm.base.config import from_dict
-from jaxlm.base.errors import UserError
+from jaxlm.base.errors import UserError, nearest
+from jaxlm.base.sharding import constrain
 from jaxlm.hub.find import find_model
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import for_inference
@@ -30,15 +32,17 @@ from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.sampler import Completion, Sampler, bucket
 from jaxlm.sample.scoring import token_scores
-from jaxlm.tokenizer.chat import ChatTemplate
+from jaxlm.tokenizer.chat import ASSISTANT, ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
 from jaxlm.train import model_directory
 
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Conversation | Sequence[int]
 
-# Rows that `score` puts through the model together.
+# Rows that `score` and `reward` put through the model together.
 SCORE_ROWS = 16
+# Most tokens of an answer where nobody says how many.
+ANSWER_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ def load(path: epath.PathLike, *, mesh: Mesh | None = None, verify: bool = True)
 
 
 class LanguageModel:
-    """A model with its tokenizer, ready to score and to speak."""
+    """A model with its tokenizer, ready to score and to speak; a reward model (with `config.criteria`) only rewards."""
 
     config: ModelConfig
     params: Params
@@ -112,6 +116,7 @@ class LanguageModel:
 
         What stands in the padding changes nothing; the logits there mean nothing. Compiles once for each [B, S].
         """
+        self._require_speech("logits")
         given = np.asarray(ids)
         if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
             raise UserError(f"ids: got shape {given.shape} of {given.dtype}; whole numbers [B, S] are needed")
@@ -143,31 +148,39 @@ class LanguageModel:
         stop, stop_tokens, samples, seed, ... With samples=K, each prompt's K completions follow each other. The same
         seed, `step`, prompt id (by default its index) and sample number give the same completion, in any company.
         """
+        self._require_speech("generate")
         if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], Mapping)):
             raise UserError("prompts: got a single one; a list of texts, of conversations or of lists of ids is needed")
         config = _sampling(max_tokens, sampling)
-        encoded = [self._encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        encoded = [self.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
         with self._on_mesh():
             return self.sampler.generate(self.params, encoded, config, step=step, prompt_ids=prompt_ids)
 
     def chat(self, messages: Conversation, max_tokens: int = 0, **sampling: Any) -> str:
         """The assistant's next message; `max_tokens` 0 leaves it what the context has room for, at most 512."""
-        room = self.room(self._encode(messages, "messages"))
-        return self.generate([messages], max_tokens or room, **sampling)[0].text
+        self._require_speech("chat")
+        ids = self.encode(messages, "messages")
+        room = max_tokens or self.room(ids, context_tokens=sampling.get("context_tokens", 0))
+        return self.generate([ids], room, **sampling)[0].text
 
-    def room(self, ids: Sequence[int], most: int = 512) -> int:
-        """Tokens that fit behind a prompt, at most `most`. Raises UserError for a prompt that fills the context."""
-        left = self.context_tokens - len(ids) if self.context_tokens else most
+    def room(self, ids: Sequence[int], most: int = ANSWER_TOKENS, context_tokens: int = 0) -> int:
+        """Tokens that fit behind a prompt into the context (0: the trained row length), at most `most`.
+
+        Raises UserError for a prompt that fills the context.
+        """
+        context = context_tokens or self.context_tokens
+        left = context - len(ids) if context else most
         if left < 1:
-            raise UserError(f"the conversation has {len(ids)} tokens, the context is {self.context_tokens}; shorten it")
+            raise UserError(f"the prompt has {len(ids)} tokens, and the context of {context} has no room behind it")
         return min(left, most)
 
     def stream(
         self, prompt: Prompt, max_tokens: int = 128, *, step: int = 0, prompt_id: int = 0, **sampling: Any
     ) -> Iterator[str]:
         """The text of one completion in pieces, as it is drawn; arguments as for `generate`."""
+        self._require_speech("stream")
         config = _sampling(max_tokens, sampling)
-        encoded = self._encode(prompt, "prompt")
+        encoded = self.encode(prompt, "prompt")
         pieces = self.sampler.stream(self.params, encoded, config, step=step, prompt_id=prompt_id)
         while True:
             with self._on_mesh():  # and not around the yield, which would set it for the caller too
@@ -183,6 +196,7 @@ class LanguageModel:
         starting half a window after the one before: every token is scored once, those after the first window with at
         least half a context in front of them.
         """
+        self._require_speech("score")
         context = context_tokens or self.context_tokens
         if context < 2:
             raise UserError(f"context_tokens: is {context} and the model's row length is unknown; give 2 or more")
@@ -200,17 +214,79 @@ class LanguageModel:
         bytes_of = self.tokenizer.token_bytes()
         return [_score(logprob, ids[1:], bytes_of) for logprob, ids in zip(logprobs, encoded, strict=True)]
 
+    def reward(self, conversations: Sequence[Conversation], criterion: str = "") -> Float32[np.ndarray, "B"]:
+        """A reward model's reward for the last message of each conversation, which is the assistant's.
+
+        `criterion` is one of `config.criteria`; by default "overall", or the only one.
+        """
+        criteria = self._criteria("reward")
+        chosen = criterion or ("overall" if "overall" in criteria else criteria[0])
+        if chosen not in criteria:
+            raise UserError(f"criterion: the model has no {criterion!r}" + nearest(criterion, criteria))
+        if not criterion and len(criteria) > 1 and chosen != "overall":
+            raise UserError(f"criterion: the model has no 'overall'; give one of {', '.join(criteria)}")
+        return self.rewards(conversations)[:, criteria.index(chosen)]
+
+    def rewards(self, conversations: Sequence[Conversation]) -> Float32[np.ndarray, "B C"]:
+        """The rewards by all criteria, in the order of `config.criteria`.
+
+        They are read at the answer's stop token, the last token that the assistant wrote: what a template puts behind
+        it counts for nothing. A conversation's rewards do not depend on the others but for rounding.
+        """
+        criteria = self._criteria("rewards")
+        if isinstance(conversations, str | Mapping) or (conversations and isinstance(conversations[0], Mapping)):
+            raise UserError("conversations: got a single one; a list of conversations is needed")
+        rows = [self._judged(conversation, f"conversations[{i}]") for i, conversation in enumerate(conversations)]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        rewards = np.zeros((len(rows), len(criteria)), np.float32)
+        for at in range(0, len(order), SCORE_ROWS):
+            group = order[at : at + SCORE_ROWS]
+            ids, segments, positions = _padded([rows[index] for index in group])
+            with self._on_mesh():
+                rewards[group] = _last_scores(self.definition, self.params, ids, segments, positions)[: len(group)]
+        return rewards
+
+    def _judged(self, conversation: Conversation, where: str) -> np.ndarray:
+        """The ids of a conversation up to the stop token of its last message."""
+        if self.chat_template is None:
+            raise UserError(f"{where}: the model has no chat template, so conversations cannot be put before it")
+        if not isinstance(conversation, Sequence) or not all(isinstance(item, Mapping) for item in conversation):
+            raise UserError(f"{where}: got {conversation!r}; a list of messages is needed")
+        try:
+            encoded = self.chat_template.encode(conversation)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        written = np.flatnonzero(encoded.targets)
+        role = conversation[-1]["role"]
+        if role != ASSISTANT or not len(written) or encoded.messages[written[-1]] != len(conversation) - 1:
+            raise UserError(f"{where}: ends with a message of {role!r}; the last must be the assistant's answer")
+        ids = encoded.ids[: written[-1] + 1]
+        if self.context_tokens and len(ids) > self.context_tokens:
+            raise UserError(f"{where}: has {len(ids)} tokens, the context is {self.context_tokens}; shorten it")
+        return ids
+
+    def _criteria(self, method: str) -> tuple[str, ...]:
+        if not self.config.criteria:
+            raise UserError(
+                f"{method}: the model is a language model and has no rewards; load a reward model, or take `score`, "
+                "the log-probability of texts"
+            )
+        return self.config.criteria
+
+    def _require_speech(self, method: str) -> None:
+        if self.config.criteria:
+            raise UserError(
+                f"{method}: the model is a reward model, which says nothing; take `reward` or `rewards`, for "
+                f"conversations ({', '.join(self.config.criteria)})"
+            )
+
     def _scores(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 `[SCORE_ROWS, S]`: the log-probability of each token; S a power of two."""
-        S = bucket(max(len(row) for row in rows), 16)
-        ids, segments = np.zeros((SCORE_ROWS, S), np.int32), np.zeros((SCORE_ROWS, S), np.int32)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)], segments[number, : len(row)] = row, 1
-        positions = np.broadcast_to(np.arange(S, dtype=np.int32), ids.shape)
+        ids, segments, positions = _padded(rows)
         with self._on_mesh():
             return np.asarray(token_scores(self.definition, self.params, ids, segments, positions).logprobs)
 
-    def _encode(self, prompt: Prompt, where: str) -> Sequence[int]:
+    def encode(self, prompt: Prompt, where: str) -> Sequence[int]:
         if isinstance(prompt, str):
             return self.sampler.encode(prompt)
         if isinstance(prompt, Mapping):
@@ -241,6 +317,15 @@ def scoring_windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]
         begin, first = begin + max(1, context // 2), end
 
 
+def _padded(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, segments, positions), each int32 `[SCORE_ROWS, S]`: padded on the right, S a power of two."""
+    S = bucket(max(len(row) for row in rows), 16)
+    ids, segments = np.zeros((SCORE_ROWS, S), np.int32), np.zeros((SCORE_ROWS, S), np.int32)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], segments[number, : len(row)] = row, 1
+    return ids, segments, np.broadcast_to(np.arange(S, dtype=np.int32), ids.shape)
+
+
 def _score(logprob: float, scored: Sequence[int], bytes_of: np.ndarray) -> Score:
     count = int(bytes_of[np.array(scored, np.int64)].sum())
     return Score(logprob, -logprob / math.log(2) / count if count else math.nan, len(scored))
@@ -258,3 +343,18 @@ def _logits(definition: Definition, params: Params, ids: Int[Array, "B S"], segm
         return model.logits(model(ids, segments, positions)[0])
 
     return apply(definition, params, forward)
+
+
+@functools.partial(jax.jit, static_argnames=("definition",))
+def _last_scores(
+    definition: Definition,
+    params: Params,
+    ids: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+) -> Float32[Array, "B C"]:
+    """A reward model's scores after each row's last token of segment 1."""
+    hidden = apply(definition, params, lambda model: model(ids, segments, positions)[0])
+    ends = jnp.maximum(jnp.sum(segments, axis=1) - 1, 0)
+    last = jnp.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
+    return constrain(apply(definition, params, lambda model: model.scores(last)), None, None)

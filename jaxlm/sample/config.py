@@ -1,7 +1,7 @@
 """How completions are drawn; standard library only."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
 
@@ -62,6 +62,8 @@ class SampleConfig(StageConfig):
     """Model directory, or a run's folder with one in it."""
     prompts: tuple[str, ...] = ()
     """Texts to complete."""
+    chat: bool = False
+    """The prompts are a user's messages, to be answered through the chat template."""
     prompts_file: str = ""
     """JSONL with a text under "prompt" in each line, other keys are kept; in place of `prompts`."""
     sampling: SamplingConfig = SamplingConfig()
@@ -72,3 +74,45 @@ class SampleConfig(StageConfig):
     def __post_init__(self):
         check(bool(self.model), "model", "is empty; give a model directory or a run's folder")
         check(bool(self.prompts) != bool(self.prompts_file), "prompts", "give either prompts or a prompts_file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatSamplingConfig(SamplingConfig):
+    """How the answers of a chat are drawn, one at a time."""
+
+    max_tokens: int = 0
+    """Most tokens of an answer; 0: what the context has room for, at most 512."""
+    temperature: float = 0.7
+    top_p: float = 0.9
+
+    def __post_init__(self):
+        check(self.max_tokens >= 0, "max_tokens", f"got {self.max_tokens}; 0 or more is needed")
+        check(self.samples == 1, "samples", f"got {self.samples}; a chat has one answer at a time: leave it at 1")
+        check(self.seed == 0, "seed", f"got {self.seed}; a chat's seed is its config's own: leave it at 0, set `seed`")
+        given: dict[str, Any] = vars(self) | {"max_tokens": self.max_tokens or 1}
+        SamplingConfig(**given)  # checks the rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig(StageConfig):
+    """A conversation with a model in the terminal."""
+
+    stage: ClassVar[str] = "chat"
+    # A folder takes conversations of all kinds: every line says with which model it was held.
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "system", "sampling", "seed", "mesh")
+
+    model: str = ""
+    """Model directory, or a run's folder with one in it."""
+    system: str = ""
+    """Text of a system message before the conversation; empty: none."""
+    sampling: ChatSamplingConfig = ChatSamplingConfig()
+    """How answers are drawn."""
+    seed: int = 0
+    """Of the random numbers: the same seed and inputs give the same chat."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices share the work."""
+
+    def __post_init__(self):
+        example = "python -m jaxlm chat runs/assistant"
+        check(bool(self.model), "model", f"is empty; give a model directory or a run's folder: {example}")
+        check(0 <= self.seed < 2**32, "seed", f"got {self.seed}; 0 to 2**32 - 1 is needed")

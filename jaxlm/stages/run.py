@@ -172,7 +172,9 @@ def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any]
     for number in range(max(map(len, said.values()), default=0)):
         for name, records in said.items():
             for record in records[number : number + 1]:
-                logging.console.print(f"{name}: " if len(said) > 1 else "", style="dim", end="", markup=False)
-                logging.console.print(record["prompt"], style="bold", end=" ", markup=False)
-                logging.console.print(record["text"], style="cyan", markup=False)
+                logging.console.print(
+                    f"{name}: " if len(said) > 1 else "", style="dim", end="", markup=False, emoji=False
+                )
+                logging.console.print(record["prompt"], style="bold", end=" ", markup=False, emoji=False)
+                logging.console.print(record["text"], style="cyan", markup=False, emoji=False)
         logging.console.print()

@@ -72,8 +72,8 @@ def main(config: SampleConfig) -> dict[str, Any]:
         record = prompts[number] | {"sample": sample} | vars(completion)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         if index < 10:
-            logging.console.print(record["prompt"], style="bold", end="", markup=False)
-            logging.console.print(f"{completion.text} [{completion.stop_reason}]\n", markup=False)
+            logging.console.print(record["prompt"], style="bold", end="", markup=False, emoji=False)
+            logging.console.print(f"{completion.text} [{completion.stop_reason}]\n", markup=False, emoji=False)
     files.write_bytes(workdir / "completions.jsonl", "".join(lines).encode())
     seconds = time.monotonic() - began
     tokens = sum(len(completion.ids) for completion in completions)

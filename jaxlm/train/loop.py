@@ -61,6 +61,8 @@ class Task:
     plateau: PlateauConfig
     best_metric: str = "eval/bits_per_byte"
     """what the plateau rule and `checkpoint.keep_best` look at, the lower the better; empty: nothing"""
+    waits: bool = False
+    """a step returns when the devices are done: its metrics are read at once, not an interval later"""
     evaluate_first: bool = False
     """held-out figures of the state before the first step too, as those of step 0"""
     headline: Callable[[dict[str, float]], str] = lambda values: f"loss {values['train/loss']:.4f}"
@@ -209,6 +211,8 @@ class _Run:
                 if step % config.log_every_steps == 0 or step == task.steps:
                     self._log()
                     self.pending = (step, measured)
+                    if task.waits:
+                        self._log()
                 stopped = False
                 if step % config.evaluate_every_steps == 0 or step == task.steps:
                     stopped = self._evaluate(state, step) and step < last

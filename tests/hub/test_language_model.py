@@ -1,5 +1,6 @@
-"""`jaxlm.load`: scores against sums by hand, generation, logits, and what it refuses."""
+"""`jaxlm.load`: scores against sums by hand, rewards against whole forwards, generation, and what it refuses."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,10 +16,11 @@ from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import UserError
 from jaxlm.base.sharding import make_mesh
 from jaxlm.hub.find import find_model
-from jaxlm.hub.language_model import load, scoring_windows
+from jaxlm.hub.language_model import LanguageModel, _last_scores, load, scoring_windows
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
-from jaxlm.model.weights import initialize
+from jaxlm.model.weights import apply, initialize
+from jaxlm.tokenizer import chat
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.tokenizer.byte import ByteTokenizer
 from jaxlm.train import model_directory
@@ -147,6 +149,150 @@ def test_wrong_arguments_are_refused_by_name(lm):
         lm.logits([1, 2])
     with pytest.raises(UserError, match="lengths"):
         lm.logits([[1, 2]], lengths=[3])
+
+
+CHAT_TOKENIZER = ByteTokenizer(("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
+REWARD_CONFIG = dataclasses.replace(CONFIG, vocab_size=CHAT_TOKENIZER.vocab_size, criteria=("overall", "truthful"))
+REWARD_PARAMS = jax.jit(functools.partial(initialize, define_model(REWARD_CONFIG), 1))() | {
+    "score_bias": jnp.array([0.5, -2.0])
+}
+
+
+def conversation(*contents):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+# More than one batch of them, of several sizes, out of order.
+CONVERSATIONS = [conversation("why?", "x" * (7 * n % 60)) for n in range(18)] + [conversation("a", "b", "c", "d")]
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    tokenizers.save(CHAT_TOKENIZER, folder.parent)
+    written = functools.partial(model_directory.write, inputs={}, config={}, facts={"row_length": 128})
+    template = chat.load("chatml", CHAT_TOKENIZER)
+    written(folder, REWARD_PARAMS, REWARD_CONFIG, folder.parent, chat_template=template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rm(reward_folder):
+    return load(reward_folder)
+
+
+def ids_of(messages):
+    """The conversation up to the answer's <|im_end|>, without the newline that the template puts behind it."""
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    special = CHAT_TOKENIZER.special_ids
+    ids, rest = [special["<s>"]], text[:-1]
+    while rest:
+        name = next((name for name in special if rest.startswith(name)), rest[0])
+        ids += [special[name]] if name in special else list(name.encode())
+        rest = rest[len(name) :]
+    return ids
+
+
+@jax.jit
+def all_scores(ids):
+    """[1, S, C] by the model as it is trained, without padding."""
+    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    forward = lambda m: m.scores(m(ids, jnp.ones_like(ids), positions)[0])
+    return apply(define_model(REWARD_CONFIG), REWARD_PARAMS, forward)
+
+
+def test_rewards_are_the_scores_at_the_answers_stop_tokens(rm):
+    rewards = rm.rewards(CONVERSATIONS)
+    assert (rewards.shape, rewards.dtype) == ((19, 2), np.float32)
+    for index in (0, 1, 9, 17, 18):
+        ids = ids_of(CONVERSATIONS[index])
+        assert ids[-1] == CHAT_TOKENIZER.special_ids["<|im_end|>"]
+        expected = all_scores(np.array([ids], np.int32))[0, -1]
+        np.testing.assert_allclose(rewards[index], expected, atol=1e-5)
+    np.testing.assert_array_equal(rm.reward(CONVERSATIONS), rewards[:, 0])
+    np.testing.assert_array_equal(rm.reward(CONVERSATIONS, criterion="truthful"), rewards[:, 1])
+    assert rm.reward(CONVERSATIONS).dtype == np.float32
+    assert rm.rewards([]).shape == (0, 2)
+
+
+def test_rewards_know_nothing_of_company_and_padding(rm):
+    alone = np.concatenate([rm.rewards([each]) for each in CONVERSATIONS[:5]])
+    np.testing.assert_allclose(alone, rm.rewards(CONVERSATIONS)[:5], atol=1e-5)
+
+    def padded(length, fill):
+        row = ids_of(CONVERSATIONS[1])
+        places = np.arange(length, dtype=np.int32)[None]
+        ids = np.full((1, length), fill, np.int32)
+        ids[0, : len(row)] = row
+        return np.asarray(_last_scores(rm.definition, rm.params, ids, (places < len(row)).astype(np.int32), places))
+
+    assert len(ids_of(CONVERSATIONS[1])) < 64
+    np.testing.assert_array_equal(padded(64, 0), padded(64, 99))
+    np.testing.assert_array_equal(padded(64, 0), padded(64, CHAT_TOKENIZER.special_ids["<|im_end|>"]))
+    np.testing.assert_allclose(padded(64, 0), padded(256, 7), atol=1e-5)
+
+
+def test_rewards_are_the_same_on_a_mesh(reward_folder, rm):
+    spread = load(reward_folder, mesh=make_mesh(MeshConfig(data=4, fsdp=2)))
+    np.testing.assert_allclose(spread.rewards(CONVERSATIONS), rm.rewards(CONVERSATIONS), atol=1e-5)
+
+
+def test_a_reward_model_gives_rewards_only_and_says_so(rm, lm):
+    question = conversation("why?")
+    for method, call in {
+        "logits": lambda: rm.logits([[1]]),
+        "generate": lambda: rm.generate(["a"]),
+        "stream": lambda: next(rm.stream("a")),
+        "chat": lambda: rm.chat(question),
+        "score": lambda: rm.score(["a"]),
+    }.items():
+        with pytest.raises(UserError, match=rf"^{method}: the model is a reward model.*`reward` or `rewards`"):
+            call()
+    for method in (lm.reward, lm.rewards):
+        with pytest.raises(
+            UserError, match="is a language model and has no rewards; load a reward model, or .*`score`"
+        ):
+            method([conversation("why?", "so.")])
+
+
+def test_what_no_reward_can_be_given_for_is_refused(rm):
+    answered = conversation("why?", "so.")
+    with pytest.raises(UserError, match="conversations: got a single one"):
+        rm.reward(answered)
+    with pytest.raises(UserError, match=r"conversations\[1\]: got 'x'; a list of messages"):
+        rm.reward([answered, "x"])
+    with pytest.raises(UserError, match=r"conversations\[1\]: ends with a message of 'user'"):
+        rm.reward([answered, conversation("a", "b", "c")])
+    with pytest.raises(UserError, match=r"conversations\[0\]: messages\[0\].content"):
+        rm.reward([[{"role": "user"}]])
+    with pytest.raises(UserError, match=r"conversations\[0\]: messages: got \[\]"):
+        rm.reward([[]])
+    with pytest.raises(UserError, match=r"conversations\[0\]: has 1\d\d tokens, the context is 128"):
+        rm.reward([conversation("why?", "x" * 120)])
+    with pytest.raises(UserError, match="criterion: the model has no 'truthfull'; did you mean 'truthful'"):
+        rm.reward([answered], criterion="truthfull")
+
+
+def test_the_default_criterion_is_overall_or_the_only_one(monkeypatch):
+    def default(*criteria):
+        config = dataclasses.replace(REWARD_CONFIG, criteria=criteria)
+        model = LanguageModel(config, {}, CHAT_TOKENIZER)
+        monkeypatch.setattr(model, "rewards", lambda conversations: np.array([criteria]))
+        return model.reward([conversation("why?", "so.")]).item()
+
+    assert default("helpful") == "helpful"
+    assert default("helpful", "overall") == "overall"
+    with pytest.raises(UserError, match="criterion: the model has no 'overall'; give one of helpful, harmless"):
+        default("helpful", "harmless")
+
+
+def test_the_room_of_an_answer(lm):
+    assert lm.room([1] * 20) == 12
+    assert lm.room([1] * 20, 5) == 5
+    assert lm.room([1] * 20, context_tokens=64) == 44
+    with pytest.raises(UserError, match="the prompt has 32 tokens, and the context of 32 has no room"):
+        lm.room([1] * 32)
 
 
 def test_importing_jaxlm_imports_no_jax():

@@ -118,6 +118,7 @@ def rewards(config, answers: list[str]) -> np.ndarray:
     return np.array([mean_rewards(definition, params, [one], 256, 1) for one in ids])
 
 
+@pytest.mark.slow
 def test_a_scorer_is_learnt_and_its_opposite_beside_it(config):
     reward.main(config)
     report = json.loads((Path(config.workdir) / "report.json").read_text())
@@ -174,6 +175,7 @@ def test_eight_devices_learn_what_one_learns(config, mesh):
     np.testing.assert_allclose(list(measured.values()), list(also.values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_who_is_held_out_is_measured_and_not_trained_on(config, tmp_path):
     draw = random.Random(1)
     both = []

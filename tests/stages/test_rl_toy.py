@@ -66,6 +66,7 @@ def lines(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ppo_learns_within_the_kl_budget(config):
     rl.main(config)
     rolled = [line for line in lines(config) if "rl/reward" in line]
@@ -78,6 +79,7 @@ def test_ppo_learns_within_the_kl_budget(config):
     assert rolled[0]["rl/kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_grpo_learns_within_the_kl_budget(config):
     config = dataclasses.replace(
         config, ppo=None, grpo=GRPOConfig(kl_coefficient=0.003), prompts=8, samples=8, steps=40

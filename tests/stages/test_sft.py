@@ -81,6 +81,7 @@ def lines(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_assistant_is_learnt_answers_and_ends(config):
     sft.main(config)
     lm = jaxlm.load(config.workdir)
