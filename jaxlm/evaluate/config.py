@@ -39,7 +39,7 @@ class EvaluateConfig(StageConfig):
     verifiers: tuple[VerifierConfig, ...] = ()
     """Programs that score these answers."""
     row_length: int = 0
-    """Tokens of a row of `texts` and `chats`: longer documents are split; 0: the row length the model was trained on."""
+    """Tokens of a row of `texts` and `chats`: longer documents are split; 0: as the model was trained."""
     batch_rows: int = 8
     """Rows measured at the same time; changes speed and memory only."""
     mesh: MeshConfig = MeshConfig()

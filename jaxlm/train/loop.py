@@ -41,7 +41,7 @@ class Task:
 
     program: Program
     compile: Callable[[], Callable[[Any, Any], tuple[Any, dict[str, metrics.Mean]]]]
-    """() → a step's work, (state, batch) → (state, metrics): `compiled_step(program)`, or what a stage puts around it"""
+    """() → a step's work, (state, batch) → (state, metrics): `compiled_step(program)`, or what is put around it"""
     other_layout: Any
     """the abstract state of the same model with unrolled layers where `program` stacks them, or the reverse; None
     where a state cannot be turned"""
