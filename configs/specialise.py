@@ -7,6 +7,8 @@ about all that is not numpy: the first fall, the second rise, and --config.pretr
 pretraining, mixed in) trades one for the other.
 """
 
+from collections.abc import Sequence
+
 from jaxlm.data.config import ChatSource, MixtureSource
 from jaxlm.stages.config import SFTConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
@@ -21,7 +23,7 @@ re shutil socket sqlite3 string subprocess tarfile threading typing unittest zip
 
 
 def get_config() -> SFTConfig:
-    def chats(name: str, modules: list[str], **fields) -> ChatSource:
+    def chats(name: str, modules: Sequence[str], **fields) -> ChatSource:
         return ChatSource(name=name, format="installed_chats", modules=tuple(modules), **fields)
 
     return SFTConfig(
