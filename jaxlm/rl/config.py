@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatSource, MixtureSource
 from jaxlm.feedback.config import VerifierConfig
-from jaxlm.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
+from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig, WatchdogConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class PPOConfig:
             check(0 <= getattr(self, field) <= 1, field, f"got {getattr(self, field)}; 0 to 1 is needed")
         for field in ("clip", "value_clip", "value_rate"):
             check(getattr(self, field) > 0, field, f"got {getattr(self, field)}; above 0 is needed")
+        check(not self.value_optimizer.ema, "value_optimizer.ema", "is for models that are kept; leave it at 0")
         check(self.pretraining_coefficient >= 0, "pretraining_coefficient", "is below 0")
         check(self.pretraining_rows >= 1, "pretraining_rows", f"got {self.pretraining_rows}; 1 or more is needed")
 
@@ -164,7 +165,12 @@ class RLConfig(StageConfig):
     """Of prompts, answers and minibatches."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
-    loop: LoopConfig = LoopConfig(log_every_steps=1, evaluate_every_steps=20)
+    loop: LoopConfig = LoopConfig(
+        log_every_steps=1,
+        evaluate_every_steps=20,
+        checkpoint=CheckpointConfig(every_steps=10),
+        watchdog=WatchdogConfig(step_seconds=3600.0),
+    )
     """Logging, evaluation, saving; in rollouts."""
 
     def __post_init__(self):
@@ -172,12 +178,20 @@ class RLConfig(StageConfig):
         check((self.ppo is None) != (self.grpo is None), "ppo", "give exactly one of ppo and grpo")
         check(bool(self.reward_model or self.verifiers), "reward_model", "is empty, and there is no verifier either")
         check(bool(self.criteria) or not self.reward_model, "criteria", "is empty; name at least one")
+        criteria = [criterion.name for criterion in self.criteria]
+        check(len(set(criteria)) == len(criteria), "criteria", f"got {', '.join(criteria)}; each can be given once")
         check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
         for field in ("prompts", "samples", "max_prompt_tokens", "max_tokens", "steps", "passes", "minibatch_answers"):
             check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
         for field in ("kl_budget", "heldout_prompts", "loss_chunk_tokens", "seed", "shown_completions"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
         check(self.temperature > 0, "temperature", f"got {self.temperature}; above 0 is needed to explore")
+        check(self.seed < 2**32 - 1, "seed", f"got {self.seed}; below 2**32 - 1 is needed")
+        amount = self.missing_eos_amount
+        if self.missing_eos == "penalty":
+            check(amount > 0, "missing_eos_amount", f"got {amount}; what a cut off answer loses, above 0, is needed")
+        elif self.missing_eos != "replace":
+            check(amount == 0, "missing_eos_amount", f"is for penalty and replace; missing_eos is {self.missing_eos}")
         answers = self.prompts * self.samples
         check(
             answers % self.minibatch_answers == 0,

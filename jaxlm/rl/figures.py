@@ -9,7 +9,7 @@ from etils import epath
 from jaxlm.base.logging import logger
 
 
-def frontier(workdir: str) -> list[dict[str, float]]:
+def frontier(workdir: str) -> list[dict[str, Any]]:
     """{"step", "root_kl", "reward", "gold"?} of each logged rollout, in order."""
     points = []
     for line in (epath.Path(workdir) / "metrics.jsonl").read_text("utf-8").splitlines():

@@ -35,9 +35,17 @@ def before_answers(hidden: Float[Array, "B S D"], rollout: Rollout) -> Float[Arr
 
 
 def answer_tokens(
-    definition: Definition, params: Params, rollout: Rollout, temperature: float, chunk_tokens: int = 0
+    definition: Definition,
+    params: Params,
+    rollout: Rollout,
+    temperature: float,
+    chunk_tokens: int = 0,
+    vocabulary: int | None = None,
 ) -> AnswerTokens:
-    """Makes logits at the answers' tokens only, `chunk_tokens` of them at a time (0: all)."""
+    """Makes logits at the answers' tokens only, `chunk_tokens` of them at a time (0: all).
+
+    `vocabulary`: the tokenizer's size, where the model has more logits: the sampler draws none of those either.
+    """
     T = rollout.sampler_logprobs.shape[1]
     hidden = before_answers(hidden_states(definition, params, rollout), rollout)
     at = rollout.prompt_lengths[:, None] + jnp.arange(T)[None, :]
@@ -45,6 +53,8 @@ def answer_tokens(
 
     def each(part: tuple[Array, Array]) -> AnswerTokens:
         logits = apply(definition, params, lambda model: model.logits(part[0])) / temperature
+        if vocabulary is not None:
+            logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < vocabulary, logits, -jnp.inf)
         return AnswerTokens(token_logprobs(logits, part[1]), jax.lax.stop_gradient(entropy(logits)))
 
     flat = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.base import metrics, rng
+from jaxlm.base import metrics, rng, sharding
 from jaxlm.base.arrays import Array, Float32
 from jaxlm.base.metrics import Mean
 from jaxlm.model.weights import Definition, Params
@@ -39,7 +39,7 @@ class RLState(NamedTuple):
     kl: Any
     """float32 `[]`: the last rollout's KL to the reference, nats an answer"""
     skipped: Any
-    """int32 `[]`: updates of the policy that changed nothing, since loss or gradient was not finite"""
+    """int32 `[]`: rollouts with an update that changed nothing, since loss or gradient was not finite"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Models:
     reward: Definition | None
     criteria: tuple[str, ...] = ()
     """of the reward model"""
+    vocabulary: int | None = None
+    """of the tokenizer, where the policy has more logits than that"""
 
 
 class Assessed(NamedTuple):
@@ -115,7 +117,7 @@ class Learner:
         examples = self._examples(state, rollout, assessed, scores)
 
         def update(carry: tuple[TrainState, Any], picked: tuple[Array, dict[str, Array]]) -> Any:
-            part = jax.tree.map(lambda x: x[picked[0]], examples)
+            part = whole(jax.tree.map(lambda x: x[picked[0]], examples))
             return self.update(carry[0], carry[1], part, picked[1])
 
         order = self._order(state.step)
@@ -125,19 +127,19 @@ class Learner:
         (policy, value), each = jax.lax.scan(update, (state.policy, state.value), (order, rows))
         measured = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
         measured["rl/first_old_kl"] = jax.tree.map(lambda x: x[0], each["rl/old_kl"])
-        measured["train/skipped_steps"] = metrics.scalar(policy.skipped)
-        measured |= self._measurements(state, rollout, assessed, scores)
+        # The loop counts rollouts, not updates.
+        missed = policy.skipped - state.policy.skipped
+        skipped = state.skipped + (missed > 0).astype(jnp.int32)
+        measured["train/skipped_steps"] = metrics.scalar(skipped)
+        measured |= self._measurements(state, rollout, assessed, scores, examples)
 
         drift = assessed.kl(rollout)
         answers = jnp.maximum(jnp.sum(rollout.answer_lengths > 0).astype(jnp.float32), 1.0)
         observed = jnp.sum(drift) / answers
+        # A policy that could not move shall not be pushed harder and harder.
+        turned = jnp.where(missed < order.shape[0], self._coefficient(state.coefficient, observed), state.coefficient)
         kept = RLState(
-            step=state.step + 1,
-            policy=policy,
-            value=value,
-            coefficient=self._coefficient(state.coefficient, observed),
-            kl=observed,
-            skipped=policy.skipped,
+            step=state.step + 1, policy=policy, value=value, coefficient=turned, kl=observed, skipped=skipped
         )
         return kept, measured, Answers(scores, drift)
 
@@ -183,7 +185,12 @@ class Learner:
         return jnp.where(jnp.isfinite(turned), turned, coefficient)
 
     def _measurements(
-        self, state: RLState, rollout: Rollout, assessed: Assessed, scores: Float32[Array, "B"]
+        self,
+        state: RLState,
+        rollout: Rollout,
+        assessed: Assessed,
+        scores: Float32[Array, "B"],
+        examples: Examples,
     ) -> dict[str, Mean]:
         sums = rollout_sums(rollout, assessed, scores)
         measured = {f"rl/{name}": total for name, total in sums.items() if name != "squared_reward"}
@@ -198,10 +205,18 @@ class Learner:
         tokens = jnp.sum(mask.astype(jnp.float32))
         measured["rl/sampler_difference"] = Mean(jnp.sum(jnp.where(mask, off, 0.0)), tokens)
         if self.config.ppo is not None:
-            examples = self._examples(state, rollout, assessed, scores)
             sums = objectives.value_loss(assessed.values, assessed.values, examples.returns, examples.mask, 1.0)
             measured["rl/explained_variance"] = metrics.scalar(objectives.explained_variance(sums))
         return measured
+
+
+def answer_tokens(
+    config: RLConfig, models: Models, definition: Definition, params: Params, rollout: Rollout
+) -> forward.AnswerTokens:
+    """What a policy says of the answers' tokens, under the distribution that they are drawn from."""
+    return forward.answer_tokens(
+        definition, params, rollout, config.temperature, config.loss_chunk_tokens, models.vocabulary
+    )
 
 
 def assess(
@@ -212,23 +227,28 @@ def assess(
     M = min(config.minibatch_answers, B)
 
     def part(rows: Rollout) -> Assessed:
-        tokens = lambda definition, params: (
-            forward.answer_tokens(definition, params, rows, config.temperature, config.loss_chunk_tokens).logprobs
-        )
+        tokens = lambda definition, params: answer_tokens(config, models, definition, params, rows).logprobs
         logprobs = tokens(models.policy, policy)
         values, scores = jnp.zeros_like(logprobs), jnp.zeros(logprobs.shape[0], jnp.float32)
         if models.value is not None:
             values = forward.answer_values(models.value, value, rows)
         if models.reward is not None:
-            given = {criterion.name: criterion.weight for criterion in config.criteria}
-            weights = jnp.array([[given.get(name, 0.0)] for name in models.criteria], jnp.float32)
-            scores = (forward.rewards(models.reward, frozen["reward"], rows) @ weights)[:, 0]
+            scores = weighted(config, models.criteria, forward.rewards(models.reward, frozen["reward"], rows))
         return Assessed(logprobs, tokens(models.reference, frozen["reference"]), values, scores)
 
-    # Part a takes rows a, a + A, …: each device works on its own rows.
-    parts = jax.tree.map(lambda x: x.reshape(M, -1, *x.shape[1:]).swapaxes(0, 1), rollout)
-    made = jax.lax.map(part, parts)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), made)
+    made = jax.lax.map(part, jax.tree.map(lambda x: x.reshape(-1, M, *x.shape[1:]), rollout))
+    return whole(jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), made))
+
+
+def whole(tree: Any) -> Any:
+    """The same arrays, whole on every device: they are small, and advantages and minibatches then move nothing."""
+    return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), tree)
+
+
+def weighted(config: RLConfig, criteria: tuple[str, ...], scores: Float32[Array, "B C"]) -> Float32[Array, "B"]:
+    """The sum over a reward model's criteria, each times its weight. No product of matrices: a TPU's rounds to bf16."""
+    given = {criterion.name: criterion.weight for criterion in config.criteria}
+    return jnp.sum(scores * jnp.array([[given.get(name, 0.0) for name in criteria]], jnp.float32), axis=1)
 
 
 def rollout_sums(rollout: Rollout, assessed: Assessed, scores: Float32[Array, "B"]) -> dict[str, Mean]:

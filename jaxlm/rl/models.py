@@ -19,7 +19,7 @@ from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
-from jaxlm.rl.learner import Models, updates_a_rollout
+from jaxlm.rl.learner import Models, updates_a_rollout, weighted
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.state import TrainState, abstract_rows, initial_state, state_shardings, with_shardings
 
@@ -34,6 +34,21 @@ class Directories:
         """Itself. Raises UserError where a model is of the wrong kind, or the two do not read text alike."""
         if self.policy.config.criteria:
             raise UserError(f"model: {config.model} is a reward model; a language model is needed")
+        tokens = config.max_prompt_tokens + config.max_tokens
+        for field, directory in (("model", self.policy), ("reward_model", self.reward)):
+            context = directory.manifest.facts.get("row_length", 0) if directory else 0
+            if context and tokens > context:
+                raise ConfigError(
+                    "max_tokens",
+                    f"{tokens} tokens with max_prompt_tokens, but {field} was trained on rows of {context}",
+                )
+        for source in config.ppo.pretraining if config.ppo else ():
+            facts = manifest.read(source.path, "rows", "ppo.pretraining").facts
+            if facts["tokenizer_hash"] != self.policy.tokenizer().hash:
+                raise UserError(f"ppo.pretraining: {source.path} was packed with another tokenizer than the policy's")
+            tokens = config.ppo.pretraining_rows * facts["row_length"] if config.ppo else 0
+            if config.loss_chunk_tokens and tokens > config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
+                raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide {tokens} of rows")
         if self.reward is None:
             return self
         criteria = self.reward.config.criteria
@@ -57,6 +72,7 @@ def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Mod
     fitting = lambda shape: chosen(shape, mesh.devices.flat[0].platform, length)
     policy = fitting(directories.policy.config)
     reward = fitting(directories.reward.config) if directories.reward else None
+    tokens = directories.policy.tokenizer().vocab_size
     value = dataclasses.replace(reward or policy, criteria=("value",)) if config.ppo else None
     # What is not trained lies in the compute type, in which its products are taken anyway.
     frozen = lambda shape: define_model(shape, precision.dtype(shape.compute))
@@ -66,6 +82,7 @@ def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Mod
         value=define_model(value) if value else None,
         reward=frozen(reward) if reward else None,
         criteria=reward.criteria if reward else (),
+        vocabulary=tokens if tokens < policy.vocab_size else None,
     )
 
 
@@ -88,15 +105,17 @@ class Part:
 def first_value(config: RLConfig, directories: Directories, placed: Any) -> Params:
     """The value function as it begins: the reward model's score, or the policy with a head of zeros."""
     source = directories.reward or directories.policy
-    params = source.load_params(define_model(source.config))
-    if directories.reward is not None:
-        given = {criterion.name: criterion.weight for criterion in config.criteria}
-        weights = jnp.array([[given.get(name, 0.0)] for name in source.config.criteria], jnp.float32)
-        head, bias = params["score"] @ weights, (params["score_bias"][None, :] @ weights)[0]
-    else:
-        params = {name: leaf for name, leaf in params.items() if name != "head"}
-        head, bias = jnp.zeros((source.config.width, 1)), jnp.zeros(1)
-    return jax.device_put(params | {"score": head, "score_bias": bias}, placed)
+    definition = define_model(source.config)
+    params = source.load_params(definition, definition.shardings(placed["score"].mesh))
+
+    def heads(params: Params) -> Params:
+        if not source.config.criteria:
+            return {"score": jnp.zeros((source.config.width, 1)), "score_bias": jnp.zeros(1)}
+        whole = functools.partial(weighted, config, source.config.criteria)
+        return {"score": whole(params["score"])[:, None], "score_bias": whole(params["score_bias"][None, :])}
+
+    given = {name: params.pop(name) for name in ("score", "score_bias", "head") if name in params}
+    return params | jax.jit(heads, out_shardings={name: placed[name] for name in ("score", "score_bias")})(given)
 
 
 def load_frozen(directories: Directories, models: Models, like: dict[str, Any]) -> dict[str, Params]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import grain
 
-from jaxlm.base.errors import UserError
+from jaxlm.base.errors import Refused, UserError
 from jaxlm.base.logging import logger
 from jaxlm.data import chats
 from jaxlm.data.config import ChatSource
@@ -25,6 +25,8 @@ class Prompt(NamedTuple):
     """The last message, for verifiers and logs"""
     ids: tuple[int, ...]
     record: dict[str, Any]
+    where: str = ""
+    """file:line"""
 
 
 def read(
@@ -47,13 +49,15 @@ def read(
             if isinstance(made, Prompt) and len(made.ids) > max_tokens:
                 made = Reason("longer_than_max_prompt_tokens")
             if isinstance(made, Prompt):
-                prompts.append(made)
+                prompts.append(made._replace(where=record.where))
             counted.count(record.where, made if isinstance(made, Reason) else None, record.raw or str(record.value))
             if isinstance(made, Reason) and made.bad:
                 logger.warning("%s: %s %s", record.where, made.name, made.detail)
     for name, counted in tallies.items():
-        if counted.bad > MAX_BAD_SHARE * counted.read or not counted.read:
-            raise UserError(f"sources.{name}: {counted.bad} of {counted.read} records are bad: {dict(counted.dropped)}")
+        if not counted.read:
+            raise UserError(f"sources.{name}: holds no record at all")
+        if counted.bad > MAX_BAD_SHARE * counted.read:
+            raise Refused(f"sources.{name}: {counted.bad} of {counted.read} records are bad: {dict(counted.dropped)}")
     dropped = tally.report(tallies)["dropped"]
     if not prompts:
         raise UserError(f"sources: no prompt is left; dropped {dropped}")

@@ -1,16 +1,17 @@
 """Rolling out: the policy answers prompts, programs score the answers, the log keeps some of them."""
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from jaxlm.base import files
+from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.model.weights import Params
 from jaxlm.rl import rollout as rollouts
@@ -21,6 +22,8 @@ from jaxlm.rl.rollout import Rollout
 from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.decoding import prepare
 from jaxlm.sample.sampler import Completion, Sampler
+from jaxlm.train.metrics_writer import cut_back
+from jaxlm.train.processes import from_first
 
 
 class Roller:
@@ -50,18 +53,35 @@ class Roller:
             [prompt.ids for prompt in prompts],
             sampling,
             step=step,
-            prompt_ids=[prompt.number for prompt in prompts],
+            prompt_ids=names([prompt.number for prompt in prompts], self.judge.prompts),
         )
         drawn = time.monotonic()
-        scores = self.judge.scores(prompts, completions)
+        # One process scores: a function that is not sure of its scores would give each process another rollout.
+        judge, gold = self.judge, self.gold
+        scores = from_first(lambda: judge.scores(prompts, completions))
         measured = {"rl/repetition": mean([repetition(completion.ids) for completion in completions])}
-        if self.gold is not None:
-            measured["rl/gold"] = mean(self.gold.scores(prompts, completions))
+        if gold is not None:
+            measured["rl/gold"] = mean(from_first(lambda: gold.scores(prompts, completions)))
         measured["rl/rollout_seconds"] = mean([drawn - began])
         measured["rl/reward_seconds"] = mean([time.monotonic() - drawn])
         S = config.max_prompt_tokens + config.max_tokens
         made = rollouts.gather(prompts, completions, scores, S=S, T=config.max_tokens, rows=rows)
         return made, completions, measured
+
+
+def names(numbers: Sequence[int], prompts: int) -> list[int]:
+    """What names the random numbers of each prompt: its number among all `prompts`, and another one where a rollout
+    asks it once more (as at an epoch's end), or its answers would be the same again.
+
+    >>> names([7, 2, 7], 10)
+    [7, 2, 17]
+    """
+    before = Counter[int]()
+    made = []
+    for number in numbers:
+        made.append(number + prompts * before[number])
+        before[number] += 1
+    return made
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -85,13 +105,12 @@ class CompletionLog:
     """WORKDIR/completions.jsonl: some answers of each rollout, with their scores; process 0 writes."""
 
     def __init__(self, workdir: str, shown: int):
-        self.path, self.shown = epath.Path(workdir) / "completions.jsonl", shown
+        self.path, self.shown = Path(workdir) / "completions.jsonl", shown
 
     def cut(self, step: int) -> None:
         """Takes out what a run wrote past the step from which it goes on."""
-        if jax.process_index() == 0 and self.path.exists():
-            lines = [line for line in self.path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
-            files.write_bytes(self.path, "".join(line + "\n" for line in lines).encode())
+        if jax.process_index() == 0:
+            cut_back(self.path, step)
 
     def write(
         self,
@@ -106,16 +125,26 @@ class CompletionLog:
         samples = len(completions) // len(prompts)
         # One answer each to the first prompts, then further ones.
         order = sorted(range(len(completions)), key=lambda index: (index % samples, index))
-        with open(self.path, "a", encoding="utf-8") as file:
-            for index in order[: self.shown]:
-                completion = completions[index]
-                record = {
-                    "step": step,
-                    "prompt": prompts[index // samples].text,
-                    "answer": completion.text,
-                    "reward": round(float(scores[index]), 5),
-                    "kl": round(float(drift[index]), 5),
-                    "tokens": len(completion.ids),
-                    "stop_reason": completion.stop_reason,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        lines = []
+        for index in order[: self.shown]:
+            completion = completions[index]
+            record = {
+                "step": step,
+                "prompt": prompts[index // samples].text,
+                "answer": completion.text,
+                "reward": _number(scores[index]),
+                "kl": _number(drift[index]),
+                "tokens": len(completion.ids),
+                "stop_reason": completion.stop_reason,
+            }
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        try:
+            with open(self.path, "ab") as file:
+                file.write("".join(lines).encode())
+        except OSError as error:
+            logger.warning("the completions of step %d could not be written: %s", step, error.strerror or error)
+
+
+def _number(value: Any) -> float | None:
+    """As JSON has it: no NaN."""
+    return round(float(value), 5) if math.isfinite(value) else None

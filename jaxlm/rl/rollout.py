@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxlm.base.arrays import Array, Bool, Int
-from jaxlm.base.sharding import spec
+from jaxlm.base.sharding import replicated
 from jaxlm.rl.prompts import Prompt
 from jaxlm.sample.sampler import Completion
 
@@ -75,16 +75,16 @@ def gather(
 
 
 def abstract(mesh: Mesh, B: int, S: int, T: int) -> Rollout:
-    """Shapes and shardings: rows over the data axes."""
-    rows, matrix = NamedSharding(mesh, spec(("batch",))), NamedSharding(mesh, spec(("batch", None)))
-    row = lambda kind: jax.ShapeDtypeStruct((B,), kind, sharding=rows)
+    """Shapes and shardings. It is small, so whole on every device: picking a minibatch out of it moves nothing."""
+    whole = replicated(mesh)
+    row = lambda kind: jax.ShapeDtypeStruct((B,), kind, sharding=whole)
     arrays: dict[str, Any] = dict(
-        ids=jax.ShapeDtypeStruct((B, S), jnp.int32, sharding=matrix),
+        ids=jax.ShapeDtypeStruct((B, S), jnp.int32, sharding=whole),
         prompt_lengths=row(jnp.int32),
         answer_lengths=row(jnp.int32),
         ended=row(jnp.bool_),
         scores=row(jnp.float32),
-        sampler_logprobs=jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=matrix),
+        sampler_logprobs=jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=whole),
     )
     return Rollout(**arrays)
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxlm.base import files, manifest, metrics, sharding
 from jaxlm.base.config import identity
 from jaxlm.base.errors import ConfigError
+from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model
 from jaxlm.model.transformer import flops_per_token
@@ -34,6 +35,7 @@ from jaxlm.rl.learner import (
     Learner,
     Models,
     RLState,
+    answer_tokens,
     assess,
     policy_metrics,
     rollout_figures,
@@ -66,6 +68,9 @@ def validate(config: RLConfig, device_count: int) -> None:
         raise ConfigError(
             "minibatch_answers", f"{config.minibatch_answers} do not divide among {pieces} parts of the mesh"
         )
+    rows = config.ppo.pretraining_rows if config.ppo and config.ppo.pretraining else 0
+    if rows % pieces:
+        raise ConfigError("ppo.pretraining_rows", f"{rows} do not divide among {pieces} parts of the mesh")
     tokens = config.minibatch_answers * config.max_tokens
     if config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
         raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide a minibatch's {tokens}")
@@ -101,15 +106,13 @@ def ppo_step(
     units = jnp.maximum(jnp.sum(examples.mask.astype(jnp.float32)), 1.0)
 
     def policy_objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
-        tokens = forward.answer_tokens(
-            models.policy, params, examples.rollout, config.temperature, config.loss_chunk_tokens
-        )
+        tokens = answer_tokens(config, models, models.policy, params, examples.rollout)
         sums = objectives.policy_loss(
             tokens.logprobs, examples.logprobs, examples.advantages, examples.mask, ppo.clip, ppo.clip
         )
         loss, measured = sums.loss / units, policy_metrics(sums, tokens, examples.mask, sums.loss, units)
         if rows:
-            mixed = losses.row_sums(params, rows, models.policy)
+            mixed = losses.row_sums(params, rows, models.policy, config.loss_chunk_tokens)
             loss += ppo.pretraining_coefficient * mixed.loss / jnp.maximum(mixed.targets, 1.0)
             measured["rl/pretraining_loss"] = Mean(mixed.loss, mixed.targets)
         return loss, measured
@@ -126,7 +129,8 @@ def ppo_step(
     (loss, measured), gradients = jax.value_and_grad(policy_objective, has_aux=True)(policy.params)
     (value_loss, value_measured), value_gradients = jax.value_and_grad(value_objective, has_aux=True)(value.params)
     # Both or neither: a policy without its value function's step would be judged by another's values.
-    good = jnp.isfinite(loss) & jnp.isfinite(value_loss) & jnp.any(examples.mask)
+    numbers = loss, value_loss, optimizers.global_norm(gradients), optimizers.global_norm(value_gradients)
+    good = jnp.all(jnp.isfinite(jnp.stack(numbers))) & jnp.any(examples.mask)
     rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
     policy, norms = apply_gradients(policy, gradients, good, rate, policy_optimizer, config.optimizer)
     value_rate = rate * ppo.value_rate
@@ -151,9 +155,7 @@ def grpo_step(
     units = jnp.maximum(units, 1.0)
 
     def objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
-        tokens = forward.answer_tokens(
-            models.policy, params, examples.rollout, config.temperature, config.loss_chunk_tokens
-        )
+        tokens = answer_tokens(config, models, models.policy, params, examples.rollout)
         sums = objectives.policy_loss(
             tokens.logprobs,
             examples.logprobs,
@@ -270,7 +272,10 @@ class Iteration:
 
 
 def evaluator(config: RLConfig, models: Models, roller: Roller, heldout: list[prompts.Prompt], frozen: Any, mesh: Mesh):
-    """state → the policy's figures on held-out prompts, one answer each, drawn with random numbers of their own."""
+    """state → the policy's figures on held-out prompts, one answer each, drawn with random numbers of their own.
+
+    Of the averaged policy if there is one: it is what the stage makes.
+    """
     rows = config.minibatch_answers
     like = rollouts.abstract(mesh, rows, config.max_prompt_tokens + config.max_tokens, config.max_tokens)
 
@@ -282,11 +287,12 @@ def evaluator(config: RLConfig, models: Models, roller: Roller, heldout: list[pr
     def evaluate(state: RLState) -> dict[str, float]:
         total: Any = None
         gold: Any = None
+        policy = state.policy.ema or state.policy.params
+        value = state.value.params if state.value else {}
         for at in range(0, len(heldout), rows):
             asked = heldout[at : at + rows]
-            made, _, measured = roller.roll(state.policy.params, asked, 0, samples=1, seed=config.seed + 1, rows=rows)
-            value = state.value.params if state.value else {}
-            sums = measure(state.policy.params, value, frozen, rollouts.place(made, like))
+            made, _, measured = roller.roll(policy, asked, 0, samples=1, seed=config.seed + 1, rows=rows)
+            sums = measure(policy, value, frozen, rollouts.place(made, like))
             total = metrics.merge(total, sums) if total is not None else sums
             if "rl/gold" in measured:
                 gold = metrics.merge(gold, measured["rl/gold"]) if gold is not None else measured["rl/gold"]
@@ -315,6 +321,8 @@ def main(config: RLConfig) -> dict[str, Any]:
         asked = read("train")
         heldout = read("heldout") if any(s.split == "heldout" for s in config.sources) else []
         heldout = heldout[: config.heldout_prompts or None]
+        if both := len({prompt.ids for prompt in asked} & {prompt.ids for prompt in heldout}):
+            logger.warning("%d of %d held-out prompts are trained on too", both, len(heldout))
         program, models = build_from(config, mesh, directories), define_models(config, directories, mesh)
         frozen = load_frozen(directories, models, program.abstract_batch["frozen"])
         judge = lambda some: Judge(config.verifiers, some, "verifiers")
@@ -337,6 +345,7 @@ def main(config: RLConfig) -> dict[str, Any]:
             | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
             plateau=PlateauConfig(),
             best_metric="",
+            waits=True,
             evaluate_first=True,
             headline=headline,
             enough=lambda state: bool(config.kl_budget) and float(state.kl) > config.kl_budget,

@@ -171,10 +171,10 @@ def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any]
     }
     for number in range(max(map(len, said.values()), default=0)):
         for name, records in said.items():
+            # A text goes on where its prompt ends; beside others, each stands after its stage's name.
+            label, gap = (f"{name}: ", " ") if len(said) > 1 else ("", "")
             for record in records[number : number + 1]:
-                logging.console.print(
-                    f"{name}: " if len(said) > 1 else "", style="dim", end="", markup=False, emoji=False
-                )
-                logging.console.print(record["prompt"], style="bold", end=" ", markup=False, emoji=False)
+                logging.console.print(label, style="dim", end="", markup=False)
+                logging.console.print(record["prompt"], style="bold", end=gap, markup=False, emoji=False)
                 logging.console.print(record["text"], style="cyan", markup=False, emoji=False)
         logging.console.print()

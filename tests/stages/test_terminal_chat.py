@@ -366,7 +366,7 @@ class Terminal:
 
     def until(self, text: str) -> str:
         """What was shown from the last call on, up to `text`."""
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + 300
         while text not in self.shown:
             assert time.monotonic() < give_up, self.shown
             self._read()
@@ -375,7 +375,7 @@ class Terminal:
 
     def ends(self) -> int:
         """The exit code; a program waits at its end until all that it showed is read."""
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 300
         while self.process.poll() is None:
             assert time.monotonic() < give_up, self.shown
             self._read()
