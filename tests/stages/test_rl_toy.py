@@ -57,7 +57,8 @@ def config(base, tmp_path) -> RLConfig:
         passes=2,
         minibatch_answers=32,
         schedule=ScheduleConfig(kind="linear", peak=3e-3, warmup_steps=2),
-        kl_budget=40.0,
+        # "aaaaaaaa" is so unlikely to the base model that any policy that says nothing else is 35 to 45 nats away.
+        kl_budget=60.0,
         loop=LoopConfig(log_every_steps=1, evaluate_every_steps=20, checkpoint=CheckpointConfig(every_steps=10)),
     )
 
