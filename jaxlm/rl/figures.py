@@ -32,24 +32,18 @@ def draw_frontier(workdir: str) -> None:
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     axes: Any = figure.subplots()
     root_kl = [point["root_kl"] for point in points]
-    axes.plot(root_kl, [point["reward"] for point in points], "o-", ms=3, lw=1, color="#1f6fb4", label="reward")
+    lines = axes.plot(root_kl, [point["reward"] for point in points], "o-", ms=3, lw=0.5, color="#1f6fb4")
     axes.set(xlabel="√KL to the reference (√nats an answer)", ylabel="reward, trained on")
     axes.grid(alpha=0.25)
     golden = [point for point in points if "gold" in point]
     if golden:
         right = axes.twinx()
-        right.plot(
-            [point["root_kl"] for point in golden],
-            [point["gold"] for point in golden],
-            "s-",
-            ms=3,
-            lw=1,
-            color="#b8860b",
-            label="gold, measured only",
-        )
+        at, gold = ([point[name] for point in golden] for name in ("root_kl", "gold"))
+        lines += right.plot(at, gold, "s-", ms=3, lw=0.5, color="#b8860b")
         right.set_ylabel("gold score, measured only")
-        right.legend(loc="lower right", frameon=False)
-    axes.legend(loc="upper left", frameon=False)
+    # Above the axes: curves go wherever they like.
+    names = ["reward", "gold, measured only"][: len(lines)]
+    figure.legend(lines, names, loc="outside upper center", ncols=2, frameon=False)
     with (epath.Path(workdir) / "reward_kl.png").open("wb") as file:
         figure.savefig(file, dpi=150, format="png")
     logger.info("reward against KL: %s/reward_kl.png", workdir)
