@@ -4,13 +4,10 @@ Source → shuffled by seed, anew each epoch → repeated → mixed by weight �
 process takes its own. Nothing is kept between steps, so a run resumes by asking for the next one.
 """
 
-import collections
 import copy
-import itertools
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import grain
@@ -21,6 +18,7 @@ from jaxlm.base import manifest
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data import rows
 from jaxlm.data.mixture import History, Mixture
+from jaxlm.data.prefetch import prefetched
 from jaxlm.data.rows import Row
 from jaxlm.text.config import Split
 
@@ -109,19 +107,8 @@ class Loader:
         return _stack([cast(Row, self._orders[source][number]) for source, number in places])
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(step, batch) from `start_step` on, without end; a thread makes the next `prefetch` meanwhile.
-
-        What goes wrong in the thread is raised here, at the step that it concerns. Close the iterator, or leave it to
-        the garbage collector, to end the thread.
-        """
-        executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        try:
-            pending = collections.deque(executor.submit(self.batch, start_step + i) for i in range(self.prefetch))
-            for step in itertools.count(start_step):
-                pending.append(executor.submit(self.batch, step + self.prefetch))
-                yield step, pending.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+        """(step, batch) from `start_step` on, without end, made ahead in a thread."""
+        return prefetched(self.batch, start_step, self.prefetch)
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been gone through before `step`."""

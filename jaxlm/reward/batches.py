@@ -10,14 +10,11 @@ into the first row with room, until a prompt does not fit. `Prompt`s are plain v
 """
 
 import bisect
-import collections
 import functools
-import itertools
 import math
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
 
 import grain
@@ -25,6 +22,7 @@ import numpy as np
 
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data import rows
+from jaxlm.data.prefetch import prefetched
 from jaxlm.data.rows import Piece
 
 
@@ -134,19 +132,8 @@ class RankingBatches:
         return self._fill(self._plan(epoch)[number])
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(step, batch) from `start_step` on, without end; a thread makes the next `prefetch` meanwhile.
-
-        What goes wrong in the thread is raised here, at the step that it concerns. Close the iterator, or leave it to
-        the garbage collector, to end the thread.
-        """
-        executor = ThreadPoolExecutor(1, thread_name_prefix="rankings")
-        try:
-            pending = collections.deque(executor.submit(self.batch, start_step + i) for i in range(self.prefetch))
-            for step in itertools.count(start_step):
-                pending.append(executor.submit(self.batch, step + self.prefetch))
-                yield step, pending.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+        """(step, batch) from `start_step` on, without end, made ahead in a thread."""
+        return prefetched(self.batch, start_step, self.prefetch)
 
     def heldout(self, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """All prompts once, in order; what the last batch has too much is padding. `limit` bounds the batches."""

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.base import files, manifest, sharding
-from jaxlm.base.config import identity
+from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
@@ -29,9 +28,9 @@ from jaxlm.train import losses
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.depth import derive
 from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
-from jaxlm.train.finish import Made, stopped_early, summary_of, write_model
+from jaxlm.train.finish import stopped_early, summary_of, write_model
 from jaxlm.train.fit import require_batch_fits, require_model_fits
-from jaxlm.train.loop import Task, compiled_step, global_batches, train
+from jaxlm.train.loop import Task, compiled_step, global_batches, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, TrainState, abstract_rows, from_seed, make_program
@@ -45,14 +44,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     """Raises ConfigError for what no single field shows: data, batch and mesh together."""
     if not config.data:
         raise ConfigError("data", "is empty; give at least one folder of packed rows")
-    require_batch_fits(
-        config.mesh,
-        device_count,
-        batch_rows=config.batch_rows,
-        accumulate=config.accumulate,
-        row_length=config.row_length,
-        chunk_tokens=config.loss_chunk_tokens,
-    )
+    require_batch_fits(config, device_count, config.loss_chunk_tokens)
     require_model_fits(config.mesh, device_count, config.model)
 
 
@@ -189,8 +181,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             ),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
-            identity={"config": files.hash_json(identity(config, continued=True)), "tokenizer": loader.tokenizer_hash}
-            | {f"data {number}": digest for number, digest in enumerate(read_from.values())},
+            identity=run_identity(config, read_from, tokenizer=loader.tokenizer_hash),
             plateau=config.plateau,
             # The average is what becomes the model, so it is what is best or stops falling.
             best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
@@ -200,8 +191,14 @@ def main(config: PretrainConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
-        facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
-        made = Made(config=config, inputs=read_from, facts=facts)
-        params = outcome.state.ema or outcome.state.params
-        write_model(made, params, config.model, f"{config.data[0].path}/tokenizer", mesh)
+        write_model(
+            config,
+            outcome,
+            outcome.state.ema or outcome.state.params,
+            config.model,
+            mesh,
+            tokenizer=f"{config.data[0].path}/tokenizer",
+            inputs=read_from,
+            facts={"summary": summary, "row_length": config.row_length},
+        )
     return summary

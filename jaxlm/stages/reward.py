@@ -12,6 +12,7 @@ the calibration, and the correlation of reward with length.
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxlm.base import files, manifest, sharding
-from jaxlm.base.config import identity
 from jaxlm.base.errors import ConfigError, JaxlmError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
@@ -41,9 +41,9 @@ from jaxlm.text import readers, tally
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.finish import Made, stopped_early, write_model
+from jaxlm.train.finish import stopped_early, write_model
 from jaxlm.train.fit import require_batch_fits, require_model_fits
-from jaxlm.train.loop import Task, compiled_step, train
+from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
@@ -56,13 +56,7 @@ Config = RewardConfig
 
 def validate(config: RewardConfig, device_count: int) -> None:
     """Raises ConfigError for what no single field shows: batch and mesh together."""
-    require_batch_fits(
-        config.mesh,
-        device_count,
-        batch_rows=config.batch_rows,
-        accumulate=config.accumulate,
-        row_length=config.row_length,
-    )
+    require_batch_fits(config, device_count)
 
 
 def inputs(config: RewardConfig) -> dict[str, str]:
@@ -79,7 +73,8 @@ def read_records(config: RewardConfig) -> dict[str, list[RankingRecord]]:
     path = epath.Path(config.workdir) / "rejects.jsonl.gz"
     found: dict[str, list[RankingRecord]] = {"train": [], "heldout": []}
     tallies = {}
-    with tally.rejects(path) as rejects:
+    # Every process reads them, the first one writes.
+    with tally.rejects(path if jax.process_index() == 0 else epath.Path(os.devnull)) as rejects:
         for source in config.sources:
             records, tallies[source.name] = rankings.load(source, rejects)
             found[source.split] += records
@@ -296,14 +291,10 @@ def main(config: RewardConfig) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
         model = model_directory.read(find_model(config.model, "model"))
-        own = None if config.chat_template else model.chat_template()
-        template = own or chat.load(config.chat_template or "chatml", model.tokenizer())
+        template = model.template_or(config.chat_template)
+        config = dataclasses.replace(config, row_length=model.row_length_or(config.row_length))
         read_from = inputs(config)
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
-        row_length = config.row_length or model.manifest.facts.get("row_length", 0)
-        if not row_length:
-            raise ConfigError("row_length", f"is 0, and {config.model} does not say on what rows it was trained")
-        config = dataclasses.replace(config, row_length=row_length)
         require_model_fits(config.mesh, jax.device_count(), model.config)
         records, encoder = read_records(config), Encoder(config, template)
         apart = lambda name: name in config.heldout_annotators
@@ -335,8 +326,7 @@ def main(config: RewardConfig) -> dict[str, Any]:
             evaluate=held.evaluate,
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(shape, config.row_length),
-            identity={"config": files.hash_json(identity(config, continued=True)), "chat template": template.hash}
-            | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
+            identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
             best_metric="eval/loss",
             headline=lambda v: f"loss {v['reward/loss']:.4f}  accuracy {v['reward/accuracy']:.3f}",
@@ -355,9 +345,18 @@ def main(config: RewardConfig) -> dict[str, Any]:
             report = held.report(outcome.state, encoder)
             params, before = centred(outcome.state.ema or outcome.state.params, config, definition, reference)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
-        facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
-        facts |= {"mean_before_centring": before, "reference_answers": len(reference)}
-        write_model(Made(config=config, inputs=read_from, facts=facts), params, shape, model.folder, mesh, template)
+        facts = {"summary": summary, "row_length": config.row_length, "mean_before_centring": before}
+        write_model(
+            config,
+            outcome,
+            params,
+            shape,
+            mesh,
+            tokenizer=model.folder,
+            inputs=read_from,
+            facts=facts | {"reference_answers": len(reference)},
+            chat_template=template,
+        )
         require_centred(config, definition, reference, mesh)
     return summary
 

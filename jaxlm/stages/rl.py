@@ -1,6 +1,6 @@
 """Reinforcement learning: an assistant and a reward model (or verifiers) → a policy that is rewarded more.
 
-    python -m jaxlm rl --config=configs/ppo.py --workdir=runs/policy
+    python -m jaxlm rl --config=configs/rl.py --workdir=runs/policy
 
 Every iteration draws answers to some prompts, scores them, and learns from them: with PPO (`ppo_step`; a value function
 that starts as the reward model, the KL to the reference in the reward) or with GRPO (`grpo_step`; an answer's baseline
@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.base import files, manifest, metrics, sharding
-from jaxlm.base.config import identity
+from jaxlm.base import manifest, metrics, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
@@ -50,8 +49,8 @@ from jaxlm.text import readers
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import PlateauConfig
-from jaxlm.train.finish import Made, stopped_early, write_model
-from jaxlm.train.loop import Task, compiled_step, train
+from jaxlm.train.finish import stopped_early, write_model
+from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, Shardings, TrainState
@@ -341,8 +340,7 @@ def main(config: RLConfig) -> dict[str, Any]:
             ),
             tokens_per_step=config.prompts * config.samples * config.max_tokens,
             flops_per_token=flops_per_token(shape, config.max_prompt_tokens + config.max_tokens),
-            identity={"config": files.hash_json(identity(config, continued=True))}
-            | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
+            identity=run_identity(config, read_from),
             plateau=PlateauConfig(),
             best_metric="",
             waits=True,
@@ -360,13 +358,20 @@ def main(config: RLConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
-        row_length = directories.policy.manifest.facts.get("row_length", 0)
-        facts = {"summary": summary, "row_length": row_length, "steps": outcome.step} | outcome.evaluation
         if jax.process_index() == 0:
             draw_frontier(config.workdir)
         policy = outcome.state.policy
-        made = Made(config=config, inputs=read_from, facts=facts)
-        write_model(made, policy.ema or policy.params, shape, directories.policy.folder, mesh, template)
+        write_model(
+            config,
+            outcome,
+            policy.ema or policy.params,
+            shape,
+            mesh,
+            tokenizer=directories.policy.folder,
+            inputs=read_from,
+            facts={"summary": summary, "row_length": directories.policy.manifest.facts.get("row_length", 0)},
+            chat_template=template,
+        )
     return summary
 
 

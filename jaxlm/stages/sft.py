@@ -22,7 +22,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxlm.base import files, manifest, sharding
-from jaxlm.base.config import identity
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
@@ -37,9 +36,9 @@ from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
-from jaxlm.train.finish import Made, stopped_early, summary_of, write_model
+from jaxlm.train.finish import stopped_early, summary_of, write_model
 from jaxlm.train.fit import require_batch_fits, require_model_fits
-from jaxlm.train.loop import Task, compiled_step, global_batches, train
+from jaxlm.train.loop import Task, compiled_step, global_batches, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
@@ -52,14 +51,7 @@ Config = SFTConfig
 
 def validate(config: SFTConfig, device_count: int) -> None:
     """Raises ConfigError for what no single field shows: batch and mesh together."""
-    require_batch_fits(
-        config.mesh,
-        device_count,
-        batch_rows=config.batch_rows,
-        accumulate=config.accumulate,
-        row_length=config.row_length,
-        chunk_tokens=config.loss_chunk_tokens if config.row_length else 0,
-    )
+    require_batch_fits(config, device_count, config.loss_chunk_tokens)
 
 
 def inputs(config: SFTConfig) -> dict[str, str]:
@@ -70,12 +62,6 @@ def inputs(config: SFTConfig) -> dict[str, str]:
     if epath.Path(config.chat_template).suffix:
         read[config.chat_template] = files.sha256(config.chat_template)
     return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
-
-
-def template_of(config: SFTConfig, model: ModelDirectory) -> chat.ChatTemplate:
-    """The chat template: the config's, else the model's, else ChatML."""
-    own = None if config.chat_template else model.chat_template()
-    return own or chat.load(config.chat_template or "chatml", model.tokenizer())
 
 
 def write_rows(config: SFTConfig, model: ModelDirectory, template: chat.ChatTemplate, row_length: int) -> None:
@@ -149,12 +135,9 @@ def main(config: SFTConfig) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
         model = model_directory.read(find_model(config.model, "model"))
-        template = template_of(config, model)
+        template, row_length = model.template_or(config.chat_template), model.row_length_or(config.row_length)
         read_from = inputs(config)
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
-        row_length = config.row_length or model.manifest.facts.get("row_length", 0)
-        if not row_length:
-            raise ConfigError("row_length", f"is 0, and {config.model} does not say on what rows it was trained")
         from_first(lambda: write_rows(config, model, template, row_length))
         config = complete(config, model)
         validate(config, jax.device_count())
@@ -191,8 +174,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             ),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(model.config, config.row_length),
-            identity={"config": files.hash_json(identity(config, continued=True)), "chat template": template.hash}
-            | {f"input {number}": digest for number, digest in enumerate(read_from.values())},
+            identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
             best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
         )
@@ -201,8 +183,15 @@ def main(config: SFTConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
-        facts = {"summary": summary, "row_length": config.row_length, "steps": outcome.step} | outcome.evaluation
-        made = Made(config=config, inputs=read_from, facts=facts)
-        params = outcome.state.ema or outcome.state.params
-        write_model(made, params, model.config, model.folder, mesh, template)
+        write_model(
+            config,
+            outcome,
+            outcome.state.ema or outcome.state.params,
+            model.config,
+            mesh,
+            tokenizer=model.folder,
+            inputs=read_from,
+            facts={"summary": summary, "row_length": config.row_length},
+            chat_template=template,
+        )
     return summary

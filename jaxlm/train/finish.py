@@ -1,6 +1,5 @@
 """The end of a training stage: the model on disk, and the manifest that says that the run is over."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,31 +16,31 @@ from jaxlm.train import model_directory
 from jaxlm.train.loop import Outcome
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Made:
-    """What stands in the manifests of a trained model."""
-
-    config: StageConfig
-    inputs: Mapping[str, str]
-    facts: Mapping[str, Any]
-    """"summary" and "row_length" among them"""
-
-
 def write_model(
-    made: Made,
+    config: StageConfig,
+    outcome: Outcome,
     params: Any,
     model: ModelConfig,
-    tokenizer_folder: epath.PathLike,
     mesh: Mesh,
+    *,
+    tokenizer: epath.PathLike,
+    inputs: Mapping[str, str],
+    facts: Mapping[str, Any],
     chat_template: ChatTemplate | None = None,
 ) -> None:
-    """WORKDIR/model and WORKDIR/manifest.json; all processes call it together."""
-    made_with: Any = dict(inputs=made.inputs, config=identity(made.config), facts=made.facts)
-    folder = f"{made.config.workdir}/model"
+    """WORKDIR/model and WORKDIR/manifest.json; all processes call it together.
+
+    `tokenizer` is the folder that has it. The manifests get the steps and held-out figures of the outcome beside
+    `facts`, which have "summary" and "row_length".
+    """
+    told = {"steps": outcome.step, **facts, **outcome.evaluation}
+    made_with: Any = dict(inputs=inputs, config=identity(config), facts=told)
     with jax.set_mesh(mesh):
-        model_directory.write(folder, params, model, tokenizer_folder, chat_template=chat_template, **made_with)
+        model_directory.write(
+            f"{config.workdir}/model", params, model, tokenizer, chat_template=chat_template, **made_with
+        )
     if jax.process_index() == 0:
-        manifest.write(made.config.workdir, "run", contents=["model"], **made_with)
+        manifest.write(config.workdir, "run", contents=["model"], **made_with)
 
 
 def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:

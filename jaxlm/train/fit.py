@@ -1,16 +1,30 @@
 """What has to fit together before a stage trains: batch, rows, mesh and model."""
 
+from typing import Protocol
+
 from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError
 from jaxlm.model.config import ModelConfig
 
 
-def require_batch_fits(
-    mesh: MeshConfig, device_count: int, *, batch_rows: int, accumulate: int, row_length: int, chunk_tokens: int = 0
-) -> None:
+class Batches(Protocol):
+    """What the configs of stages that train on rows have."""
+
+    @property
+    def mesh(self) -> MeshConfig: ...
+    @property
+    def batch_rows(self) -> int: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def row_length(self) -> int: ...
+
+
+def require_batch_fits(config: Batches, device_count: int, chunk_tokens: int = 0) -> None:
     """Raises ConfigError where rows, pieces or chunks do not divide; a `row_length` of 0 is not known yet."""
-    sizes = mesh.sizes(device_count)
+    batch_rows, accumulate, row_length = config.batch_rows, config.accumulate, config.row_length
+    sizes = config.mesh.sizes(device_count)
     pieces = sharding.batch_pieces(sizes)
     if sizes["context"] > 1 and row_length % sizes["context"]:
         raise ConfigError("mesh.context", f"{sizes['context']} does not divide rows of {row_length} tokens")

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.base import metrics, sharding
+from jaxlm.base import files, metrics, sharding
+from jaxlm.base.config import StageConfig, identity
 from jaxlm.base.errors import Interrupted, Refused, UserError
 from jaxlm.base.logging import logger, progress
 from jaxlm.data import mixture
@@ -79,6 +80,12 @@ def global_batches(loader: Loader, mesh: Mesh) -> Callable[[int, mixture.History
             yield sharding.global_batch(mesh, rows, loader.global_batch)
 
     return batches
+
+
+def run_identity(config: StageConfig, inputs: Mapping[str, str], **hashes: str) -> dict[str, str]:
+    """What a checkpoint shares with every run that goes on from it: the config, its inputs by order, other `hashes`."""
+    numbered = {f"input {number}": digest for number, digest in enumerate(inputs.values())}
+    return {"config": files.hash_json(identity(config, continued=True))} | hashes | numbered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from etils import epath
 
 from jaxlm.base import files, manifest
 from jaxlm.base.config import from_dict, to_dict
-from jaxlm.base.errors import Refused, UserError
+from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.manifest import Manifest
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
@@ -57,6 +57,18 @@ class ModelDirectory:
         """None for a model that was not trained on chats."""
         path = self.folder / chat.FILE_NAME
         return chat.load(path, self.tokenizer()) if path.exists() else None
+
+    def template_or(self, chosen: str) -> ChatTemplate:
+        """The `chosen` chat template (what `chat.load` takes); where that is empty the model's own, else ChatML."""
+        own = None if chosen else self.chat_template()
+        return own or chat.load(chosen or "chatml", self.tokenizer())
+
+    def row_length_or(self, chosen: int) -> int:
+        """The `chosen` row length; where that is 0, that of the rows on which the model was trained."""
+        found = chosen or self.manifest.facts.get("row_length", 0)
+        if not found:
+            raise ConfigError("row_length", f"is 0, and {self.folder} does not say on what rows it was trained")
+        return found
 
     def load_params(self, definition: Definition, shardings: Any = None) -> Params:
         """The parameters in the definition's layout and types, read tensor by tensor.

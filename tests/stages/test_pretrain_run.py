@@ -144,7 +144,9 @@ def test_a_run_that_only_skips_steps_is_refused_and_says_so(config, monkeypatch)
 def test_a_held_out_figure_that_is_not_finite_does_not_end_the_run(config, monkeypatch):
     real = metrics.values
     monkeypatch.setattr(
-        metrics, "values", lambda found: {k: math.nan if "bits_per_byte" in found else v for k, v in real(found).items()}
+        metrics,
+        "values",
+        lambda found: {k: math.nan if "bits_per_byte" in found else v for k, v in real(found).items()},
     )
     pretrain.main(config)
     kept = json.loads((Path(config.workdir) / "checkpoints/12/manifest.json").read_text())

@@ -9,18 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from stage_runs import lines_of, pretrained, written
 
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
-from jaxlm.data.config import MixtureSource
-from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.reward.config import AnnotatorWeight, RankingSource, RewardConfig
 from jaxlm.reward.scoring import mean_rewards
-from jaxlm.stages import pretrain, reward
-from jaxlm.stages.config import PretrainConfig
+from jaxlm.stages import reward
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
 from jaxlm.train.config import CheckpointConfig, LoopConfig, ScheduleConfig
@@ -59,24 +57,9 @@ def record(number: int, draw: random.Random, annotator: str = "ann", turned: boo
     }
 
 
-def write(path: Path, records: list) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def base(packed_rows, tmp_path_factory) -> str:
-    workdir = str(tmp_path_factory.mktemp("base"))
-    config = PretrainConfig(
-        workdir=workdir,
-        data=(MixtureSource(path=packed_rows),),
-        model=ModelConfig(vocab_size=288, layers=1, width=32, heads=2, compute="float32"),
-        batch_rows=8,
-        steps=2,
-        schedule=ScheduleConfig(peak=1e-2, warmup_steps=1),
-    )
-    pretrain.main(config)
-    return workdir
+    return pretrained(packed_rows, tmp_path_factory.mktemp("base"), steps=2)
 
 
 @pytest.fixture
@@ -88,8 +71,8 @@ def config(base, tmp_path) -> RewardConfig:
         workdir=str(tmp_path / "reward"),
         model=base,
         sources=(
-            RankingSource(name="train", path=write(tmp_path / "train.jsonl", train)),
-            RankingSource(name="heldout", path=write(tmp_path / "heldout.jsonl", heldout), split="heldout"),
+            RankingSource(name="train", path=written(tmp_path / "train.jsonl", train)),
+            RankingSource(name="heldout", path=written(tmp_path / "heldout.jsonl", heldout), split="heldout"),
         ),
         criteria=("overall", "short"),
         row_length=256,
@@ -99,10 +82,6 @@ def config(base, tmp_path) -> RewardConfig:
         schedule=ScheduleConfig(peak=1e-2, warmup_steps=5),
         loop=LoopConfig(log_every_steps=10, evaluate_every_steps=100),
     )
-
-
-def lines(config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def loaded(config):
@@ -128,7 +107,7 @@ def test_a_scorer_is_learnt_and_its_opposite_beside_it(config):
     assert set(report["accuracy_by"]["kind"]) == {"rich", "poor"}
     assert report["accuracy_by"]["distance"]["2"]["share"] > report["accuracy_by"]["distance"]["1"]["share"] - 0.02
     assert report["calibration_error"] < 0.1
-    assert lines(config)[-1]["eval/pair_accuracy"] > 0.95
+    assert lines_of(config.workdir)[-1]["eval/pair_accuracy"] > 0.95
     # The heads learn apart: what one likes, the other does not.
     found = rewards(config, ["bbbb", "abbb", "aabb", "aaab", "aaaa"])
     assert (np.diff(found[:, 0]) > 0).all(), found
@@ -189,7 +168,7 @@ def test_who_is_held_out_is_measured_and_not_trained_on(config, tmp_path):
         ]
         draw.setstate(state)
         both.append(one)
-    source = RankingSource(name="train", path=write(tmp_path / "both.jsonl", both))
+    source = RankingSource(name="train", path=written(tmp_path / "both.jsonl", both))
     config = dataclasses.replace(
         config, sources=(source,), criteria=("overall",), heldout_annotators=("bea",), epochs=1, steps=60
     )
@@ -218,18 +197,18 @@ def test_what_cannot_be_is_refused(config, base, tmp_path):
     draw = random.Random(0)
     same = [record(3, draw)]
     twice = (
-        RankingSource(name="a", path=write(tmp_path / "a.jsonl", same)),
-        RankingSource(name="b", path=write(tmp_path / "b.jsonl", same), split="heldout"),
+        RankingSource(name="a", path=written(tmp_path / "a.jsonl", same)),
+        RankingSource(name="b", path=written(tmp_path / "b.jsonl", same), split="heldout"),
     )
     with pytest.raises(UserError, match="1 prompts are in train and in heldout, such as"):
         reward.main(dataclasses.replace(config, sources=twice))
-    bad = RankingSource(name="bad", path=write(tmp_path / "bad.jsonl", [record(1, draw), "{}", "{}"]))
+    bad = RankingSource(name="bad", path=written(tmp_path / "bad.jsonl", [record(1, draw), "{}", "{}"]))
     with pytest.raises(Refused, match="sources.bad: 2 of 3 records are bad"):
         reward.main(dataclasses.replace(config, sources=(bad,), workdir=config.workdir + "-bad"))
     tied = record(1, draw)
     ids = [c["id"] for c in tied["completions"]]
     tied["annotations"][0]["rankings"] = {"overall": [ids]}
-    source = RankingSource(name="tied", path=write(tmp_path / "tied.jsonl", [tied]))
+    source = RankingSource(name="tied", path=written(tmp_path / "tied.jsonl", [tied]))
     with pytest.raises(UserError, match="no prompt is left whose answers can be compared: 1 no_untied_pair"):
         reward.main(dataclasses.replace(config, sources=(source,), workdir=config.workdir + "-tied"))
     with pytest.raises(ConfigError, match="reference_policy: no answer is of policy 'nobody'"):

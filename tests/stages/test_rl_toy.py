@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
+from stage_runs import lines_of, pretrained
 
-from jaxlm.data.config import ChatSource, MixtureSource
+from jaxlm.data.config import ChatSource
 from jaxlm.feedback.config import VerifierConfig
-from jaxlm.model.config import ModelConfig
 from jaxlm.rl.config import GRPOConfig, KLConfig, PPOConfig, RLConfig
-from jaxlm.stages import pretrain, rl
-from jaxlm.stages.config import PretrainConfig
+from jaxlm.stages import rl
 from jaxlm.train.config import CheckpointConfig, LoopConfig, ScheduleConfig
 
 MOST = 8
@@ -23,17 +21,7 @@ def share_of_a(prompt: str, answer: str) -> float:
 
 @pytest.fixture(scope="module")
 def base(packed_rows, tmp_path_factory) -> str:
-    workdir = str(tmp_path_factory.mktemp("base"))
-    config = PretrainConfig(
-        workdir=workdir,
-        data=(MixtureSource(path=packed_rows),),
-        model=ModelConfig(vocab_size=288, layers=1, width=32, heads=2, compute="float32"),
-        batch_rows=8,
-        steps=60,
-        schedule=ScheduleConfig(peak=1e-2, warmup_steps=5),
-    )
-    pretrain.main(config)
-    return workdir
+    return pretrained(packed_rows, tmp_path_factory.mktemp("base"), steps=60)
 
 
 @pytest.fixture
@@ -63,14 +51,10 @@ def config(base, tmp_path) -> RLConfig:
     )
 
 
-def lines(config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_ppo_learns_within_the_kl_budget(config):
     rl.main(config)
-    rolled = [line for line in lines(config) if "rl/reward" in line]
+    rolled = [line for line in lines_of(config.workdir) if "rl/reward" in line]
     assert rolled[0]["rl/reward"] < 0.3
     assert rolled[-1]["rl/reward"] > 0.9, [round(line["rl/reward"], 2) for line in rolled]
     assert rolled[-1]["rl/kl"] < config.kl_budget
@@ -86,6 +70,6 @@ def test_grpo_learns_within_the_kl_budget(config):
         config, ppo=None, grpo=GRPOConfig(kl_coefficient=0.003), prompts=8, samples=8, steps=40
     )
     rl.main(config)
-    rolled = [line for line in lines(config) if "rl/reward" in line]
+    rolled = [line for line in lines_of(config.workdir) if "rl/reward" in line]
     assert rolled[-1]["rl/reward"] > 0.9, [round(line["rl/reward"], 2) for line in rolled]
     assert rolled[-1]["rl/kl"] < config.kl_budget

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stage_runs import lines_of, pretrained, written
 
 import jaxlm
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource
 from jaxlm.data.loader import RowSource
-from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
-from jaxlm.stages import pretrain, sft
-from jaxlm.stages.config import PretrainConfig, SFTConfig
+from jaxlm.stages import sft
+from jaxlm.stages.config import SFTConfig
 from jaxlm.train import losses, model_directory
 from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
 
@@ -33,24 +33,9 @@ def chat(animal: str, turns: int = 1) -> dict:
     return {"messages": messages}
 
 
-def write(path: Path, records: list) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def base(packed_rows, tmp_path_factory) -> str:
-    workdir = str(tmp_path_factory.mktemp("base"))
-    config = PretrainConfig(
-        workdir=workdir,
-        data=(MixtureSource(path=packed_rows),),
-        model=ModelConfig(layers=2, width=32, heads=2, compute="float32"),
-        batch_rows=8,
-        steps=4,
-        schedule=ScheduleConfig(peak=1e-2, warmup_steps=1),
-    )
-    pretrain.main(config)
-    return workdir
+    return pretrained(packed_rows, tmp_path_factory.mktemp("base"), steps=4, layers=2)
 
 
 @pytest.fixture
@@ -61,8 +46,8 @@ def config(base, tmp_path) -> SFTConfig:
         workdir=str(tmp_path / "sft"),
         model=base,
         sources=(
-            ChatSource(name="train", path=write(tmp_path / "train.jsonl", train)),
-            ChatSource(name="heldout", path=write(tmp_path / "heldout.jsonl", [chat("cow", 3)]), split="heldout"),
+            ChatSource(name="train", path=written(tmp_path / "train.jsonl", train)),
+            ChatSource(name="heldout", path=written(tmp_path / "heldout.jsonl", [chat("cow", 3)]), split="heldout"),
         ),
         row_length=128,
         batch_rows=8,
@@ -73,12 +58,8 @@ def config(base, tmp_path) -> SFTConfig:
 
 
 def with_train(config: SFTConfig, tmp_path: Path, records: list, **fields) -> SFTConfig:
-    source = ChatSource(name="train", path=write(tmp_path / "other.jsonl", records))
+    source = ChatSource(name="train", path=written(tmp_path / "other.jsonl", records))
     return dataclasses.replace(config, sources=(source,), **fields)
-
-
-def lines(config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -92,7 +73,7 @@ def test_the_assistant_is_learnt_answers_and_ends(config):
         assert lm.chat(question, temperature=0) == sound
     talk = [*chat("cat")["messages"], {"role": "user", "content": "dog?"}]
     assert lm.chat(talk, temperature=0) == "woof"
-    evaluated = [line for line in lines(config) if "eval/loss" in line]
+    evaluated = [line for line in lines_of(config.workdir) if "eval/loss" in line]
     assert evaluated[-1]["eval/loss"] < 0.5
     # What the loss counts of the held-out chat: three answers with their stop tokens.
     sounds = "moo" + "quack" + "hoo"
@@ -150,7 +131,7 @@ def test_every_record_is_kept_or_dropped_for_a_reason(config, tmp_path):
         {"messages": [{"role": "assistant"}]},
     ]
     lenient = ChatRowsConfig(max_bad_share=0.5)
-    sources = (ChatSource(name="train", path=write(tmp_path / "t.jsonl", records)), config.sources[1])
+    sources = (ChatSource(name="train", path=written(tmp_path / "t.jsonl", records)), config.sources[1])
     sft.main(dataclasses.replace(config, sources=sources, chats=lenient, steps=1))
     report = json.loads((Path(config.workdir) / "rows/report.json").read_text())["sources"]["train"]
     assert (report["read"], report["kept"], report["bad"]) == (8, 2, 3)
@@ -202,7 +183,7 @@ def test_stopped_and_gone_on_is_never_stopped(config):
 
 
 def test_pretraining_rows_are_mixed_in_and_general_chats_are_measured(config, packed_rows, tmp_path):
-    general = ChatSource(name="g", path=write(tmp_path / "g.jsonl", [chat("pig", 2)]), split="heldout", general=True)
+    general = ChatSource(name="g", path=written(tmp_path / "g.jsonl", [chat("pig", 2)]), split="heldout", general=True)
     mixed = dataclasses.replace(
         config,
         row_length=64,
@@ -214,7 +195,7 @@ def test_pretraining_rows_are_mixed_in_and_general_chats_are_measured(config, pa
     )
     sft.main(mixed)
     rows = json.loads((Path(config.workdir) / "rows/manifest.json").read_text())["facts"]["train"]["rows"]
-    last = lines(mixed)[-1]
+    last = lines_of(mixed.workdir)[-1]
     assert last["step"] == -(-2 * rows // 8), "an epoch of the chats, with as many rows of the other kind"
     assert last["eval/general_loss"] > 0
 
