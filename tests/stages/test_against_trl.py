@@ -1,0 +1,215 @@
+"""Step 0 of SFT, pair reward and DPO against TRL's own trainers, on the same tiny weights and token ids, in float32.
+
+`tools/compare_trl.py` makes weights and data on both sides and says how TRL's numbers are made. Stored ones are
+compared always, fresh ones as well where JAXLM_TRL_PYTHON names a Python that has TRL.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.base.metrics import values
+from jaxlm.data.config import ChatSource
+from jaxlm.data.rows import Piece, expand
+from jaxlm.model import layout
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import Definition, Params
+from jaxlm.reward import batches
+from jaxlm.reward.config import RankingSource, RewardConfig
+from jaxlm.rl import forward
+from jaxlm.rl.rollout import Rollout
+from jaxlm.stages import reward, sft
+from jaxlm.stages.config import SFTConfig
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.state import initial_state
+
+pytestmark = pytest.mark.slow
+
+TOOL = Path(__file__).parent.parent.parent / "tools/compare_trl.py"
+PYTHON = os.environ.get("JAXLM_TRL_PYTHON", "")
+
+# The last line of `python tools/compare_trl.py` with trl 1.12.0, transformers 5.23.0, torch 2.13.0+cpu, numpy 2.4.6.
+STORED: dict[str, dict[str, Any]] = {
+    "sft": {"loss": 4.6370478, "gradient_norm": 1.9435091},
+    "sft accumulated": {"loss": 4.6370468, "gradient_norm": 1.9435091},
+    "reward": {"loss": 0.58228123, "gradient_norm": 2.5784936},
+    "reward margin": {"loss": 0.80710787, "gradient_norm": 3.0716209},
+    "reward centring": {"loss": 0.63326353, "gradient_norm": 2.9354992},
+    "dpo": {
+        "loss": 0.54523218,
+        "gradient_norm": 0.84305501,
+        "mean chosen": -19.989113,
+        "mean rejected": -30.231173,
+        "policy chosen": [-30.18469, -11.966581, -28.406368, -9.3988075],
+        "policy rejected": [-18.526014, -50.466751, -29.316523, -22.615402],
+        "reference chosen": [-33.147343, -11.365578, -24.574619, -10.399635],
+        "reference rejected": [-16.550346, -44.347687, -24.97846, -21.24357],
+    },
+}
+
+# Float32 on both sides, summed in another order.
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("compare_trl", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+SHAPE = ModelConfig(
+    vocab_size=tool.V,
+    layers=tool.L,
+    width=tool.D,
+    heads=tool.H,
+    kv_heads=tool.K,
+    head_size=tool.N,
+    feed_forward=tool.F,
+    qk_norm=True,
+    norm_epsilon=tool.EPSILON,
+    rope_base=tool.ROPE_BASE,
+    compute="float32",
+).complete()
+
+
+@pytest.fixture(scope="module", params=["stored", "fresh"] if PYTHON else ["stored"])
+def trl(request) -> dict[str, dict[str, Any]]:
+    if request.param == "stored":
+        return STORED
+    run = subprocess.run([PYTHON, TOOL], stdout=subprocess.PIPE, text=True, check=True)
+    fresh = json.loads(run.stdout.splitlines()[-1])
+    del fresh["versions"]
+    assert fresh.keys() == STORED.keys()
+    for name, figures in fresh.items():
+        assert figures.keys() == STORED[name].keys()
+        for figure, value in figures.items():
+            close(value, STORED[name][figure], err_msg=f"{name}, {figure}")
+    return fresh
+
+
+def weights(model: str, shape: ModelConfig) -> tuple[Definition, Params]:
+    """The tool's numbers, stacked as the stages take them."""
+    params: Params = {}
+    for path, declared in define_model(dataclasses.replace(shape, scan_layers=False)):
+        node = params
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        # TRL's reward head has no bias; ours begins at 0.
+        bias = path == ("score_bias",)
+        value = np.zeros(declared.shape, np.float32) if bias else tool.weight(model, "/".join(path), declared.shape)
+        node[path[-1]] = jnp.asarray(value)
+    return define_model(shape), layout.stack(params, shape)
+
+
+def first_step(stage: Any, config: Any, shape: ModelConfig, batch: dict[str, np.ndarray]) -> dict[str, float]:
+    """What the stage's own step measures."""
+    definition, params = weights("policy", shape)
+    optimizer = optimizers.make_optimizer(config.optimizer, definition)
+    step = functools.partial(stage.train_step, config=config, definition=definition, optimizer=optimizer)
+    return values(jax.jit(step)(initial_state(params, optimizer, ema=False), batch)[1])
+
+
+@pytest.mark.parametrize(
+    ("chats", "more"),
+    [
+        ([[0], [1], [2], [3], [4]], {}),
+        ([[0, 1], [2, 3], [4], []], {"accumulate": 2, "loss_chunk_tokens": 32}),
+    ],
+    ids=["a chat a row, as TRL has them", "packed, in pieces"],
+)
+def test_sft(trl, chats, more):
+    pieces = [Piece(np.array(one.ids), n, np.array(one.targets, bool)) for n, one in enumerate(tool.CHATS)]
+    rows = [expand([pieces[n] for n in row], 32, tool.PAD) for row in chats]
+    config = SFTConfig(
+        model="unread", sources=(ChatSource(name="unread", path="unread"),), batch_rows=len(rows), **more
+    )
+    measured = first_step(sft, config, SHAPE, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    # TRL too divides by the targets of all accumulated batches, of which one has 3 and another 14.
+    for name in ("sft", "sft accumulated"):
+        close(measured["train/loss"], trl[name]["loss"])
+        close(measured["train/gradient_norm"], trl[name]["gradient_norm"])
+
+
+@pytest.mark.parametrize(
+    ("name", "margins", "centring"),
+    [("reward", False, 0.0), ("reward margin", True, 0.0), ("reward centring", False, tool.CENTRING)],
+)
+def test_pair_reward(trl, name, margins, centring):
+    prompts = [
+        batches.Prompt(
+            name=str(number),
+            answers=[np.array(one.prompt + one.chosen), np.array(one.prompt + one.rejected)],
+            pairs=[batches.Pair(0, 1, criterion=0, weight=1.0, margin=one.margin if margins else 0.0)],
+            prefix=len(one.prompt),
+        )
+        for number, one in enumerate(tool.PAIRS)
+    ]
+    batch = batches.RankingBatches(prompts, rows=4, row_length=32, pairs=4, seed=0, pieces=2).batch(0)
+    # Each prompt has one pair: the mean over prompts is TRL's over pairs.
+    assert batch["prompts"] == len(prompts)
+    config = RewardConfig(
+        model="unread",
+        sources=(RankingSource(name="unread", path="unread"),),
+        centring=centring,
+        batch_rows=4,
+        batch_pairs=4,
+        accumulate=2,
+    )
+    measured = first_step(reward, config, dataclasses.replace(SHAPE, criteria=("overall",)), batch)
+    close(measured["reward/loss"], trl[name]["loss"])
+    # TRL's head has no bias b. Ours gets a gradient from centring: d/db c (r + r' + 2b)^2 = 8 c (r + r') / 2.
+    bias = 8 * centring * measured["reward/level"]
+    close(np.sqrt(measured["train/gradient_norm"] ** 2 - bias**2), trl[name]["gradient_norm"])
+
+
+def test_dpo(trl):
+    answers = [(one.prompt, one.chosen) for one in tool.PAIRS] + [(one.prompt, one.rejected) for one in tool.PAIRS]
+    S, T = max(len(prompt) + len(answer) for prompt, answer in answers), max(len(answer) for _, answer in answers)
+    rollout = Rollout(
+        ids=jnp.array([prompt + answer + [tool.PAD] * (S - len(prompt + answer)) for prompt, answer in answers]),
+        prompt_lengths=jnp.array([len(prompt) for prompt, _ in answers]),
+        answer_lengths=jnp.array([len(answer) for _, answer in answers]),
+        ended=jnp.ones(len(answers), bool),
+        scores=jnp.zeros(len(answers)),
+        sampler_logprobs=jnp.zeros((len(answers), T)),
+    )
+
+    def summed(definition: Definition, params: Params) -> jax.Array:
+        logprobs = forward.answer_tokens(definition, params, rollout, 1.0).logprobs
+        return jnp.sum(jnp.where(rollout.answer_mask, logprobs, 0), axis=1)
+
+    def loss(params: Params, definition: Definition, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The DPO loss (arXiv:2305.18290, equation 7), and the policy's sums."""
+        sums = summed(definition, params)
+        chosen, rejected = jnp.split(sums - reference, 2)
+        return jnp.mean(jax.nn.softplus(-tool.BETA * (chosen - rejected))), sums
+
+    reference = jax.jit(summed, static_argnums=0)(*weights("reference", SHAPE))
+    definition, params = weights("policy", SHAPE)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (value, policy), gradients = step(params, definition, reference)
+    expected = trl["dpo"]
+    for model, sums in (("policy", policy), ("reference", reference)):
+        chosen, rejected = np.split(np.asarray(sums), 2)
+        close(chosen, expected[f"{model} chosen"])
+        close(rejected, expected[f"{model} rejected"])
+        if model == "policy":  # the sums that its loss was made of, as the trainer logs them
+            close(chosen.mean(), expected["mean chosen"])
+            close(rejected.mean(), expected["mean rejected"])
+    close(value, expected["loss"])
+    close(optimizers.global_norm(gradients), expected["gradient_norm"])
