@@ -1,8 +1,7 @@
 """What TRL computes at step 0 on tiny weights: SFT, pair reward, DPO. jaxlm is held to it by its test.
 
     python3 -m venv ../trl-env
-    ../trl-env/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu    # the CPU build
-    ../trl-env/bin/pip install trl==1.12.0 transformers==5.23.0
+    ../trl-env/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0    # torch: its CPU build is enough
     ../trl-env/bin/python tools/compare_trl.py                   # 20 s; the last line is JSON: losses, norms, sums
     JAXLM_TRL_PYTHON=../trl-env/bin/python python -m pytest -m slow tests/stages/test_against_trl.py
 

@@ -51,7 +51,9 @@ def start() -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Simulated devices wait for one another in threads. XLA's CPU client may start independent collectives in
         # another order on each device, and steps that are dispatched ahead take its threads: either is a deadlock,
-        # which it ends after 40 seconds (seen in every second run of 120 steps on 4 devices and 2 cores).
+        # which it ends after 40 seconds (seen in every second run of 120 steps on 4 devices and 2 cores). Nested loops
+        # need more threads than there are cores, all of them waiting.
+        os.environ.setdefault("PJRT_NPROC", "64")
         if SEQUENTIAL not in os.environ["XLA_FLAGS"]:
             os.environ["XLA_FLAGS"] += f" {SEQUENTIAL}"
         jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -47,6 +47,8 @@ NAMES = {
     "rl/old_kl": "KL of the old policy to the new one over all updates, nats a token",
     "rl/first_old_kl": "the same at a rollout's first update, where both should be one",
     "rl/value_loss": "half the squared error of the value function",
+    "rl/equal_groups": "GRPO: share of prompts whose answers all got one reward, from which nothing is learned",
+    "rl/value_gradient_norm": "gradient norm of the value function, before clipping",
     "rl/value_clip_fraction": "share of answer tokens at which the clipped value counts",
     "rl/explained_variance": "share of the returns' variance that the values at the rollout explain",
     "rl/pretraining_loss": "PPO-ptx: cross-entropy on the pretraining rows, nats per counted token",

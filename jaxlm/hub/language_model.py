@@ -107,7 +107,9 @@ class LanguageModel:
         self.chat_template = chat_template
         self.context_tokens = context_tokens
         self.mesh = mesh
-        self.sampler = Sampler(config, tokenizer, context_tokens, chat_template.stop_ids if chat_template else ())
+        # A chat model can still go on with a document, which ends with EOS.
+        ends = (tokenizer.eos_id, *chat_template.stop_ids) if chat_template else ()
+        self.sampler = Sampler(config, tokenizer, context_tokens, ends)
 
     def logits(
         self, ids: Sequence[Sequence[int]] | np.ndarray | Array, lengths: Sequence[int] | np.ndarray | None = None

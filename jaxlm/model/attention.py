@@ -1,7 +1,7 @@
 """Attention: who sees whom, the plain path, the TPU's splash kernel, and the block's attention part."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,22 @@ SPLASH_BLOCK = 128
 SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)
 
 
+def kernel(config: ModelConfig, platform: str) -> Literal["plain", "splash"]:
+    """What attention="auto" is on a platform."""
+    if config.attention == "auto":
+        return "splash" if platform == "tpu" else "plain"
+    return config.attention
+
+
+def fitting_length(config: ModelConfig, platform: str, tokens: int) -> int:
+    """The shortest length of rows, `tokens` or more, that the platform's attention takes."""
+    block = SPLASH_BLOCK if kernel(config, platform) == "splash" else 1
+    return -(-tokens // block) * block
+
+
 def chosen(config: ModelConfig, platform: str, row_length: int) -> ModelConfig:
     """The config with attention="auto" decided for a platform. Raises ConfigError for rows that splash cannot take."""
-    kind = config.attention
-    if kind == "auto":
-        kind = "splash" if platform == "tpu" else "plain"
+    kind = kernel(config, platform)
     if kind == "splash" and row_length % SPLASH_BLOCK:
         raise ConfigError(
             "model.attention",

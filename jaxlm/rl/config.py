@@ -70,20 +70,25 @@ class PPOConfig:
 class GRPOConfig:
     """Group-relative policy optimisation: an answer's baseline is its group (arXiv:2402.03300)."""
 
-    baseline: Literal["group", "leave_one_out"] = "group"
-    """group: (reward - mean) / std of the prompt's answers; leave_one_out: minus the others' mean (RLOO)."""
+    baseline: Literal["group", "mean", "leave_one_out"] = "group"
+    """group: (reward - mean) / std of the prompt's answers; mean: not divided (Dr. GRPO, arXiv:2503.20783);
+    leave_one_out: minus the others' mean (RLOO, arXiv:2402.14740)."""
     epsilon: float = 1e-4
     """Added to the group's standard deviation."""
     clip: float = 0.2
     """The ratio to the old policy is clipped to 1 ± this."""
+    clip_high: float = 0.0
+    """To 1 + this above, so that rare tokens can grow faster (DAPO, arXiv:2503.14476); 0: as below."""
     kl_coefficient: float = 0.04
     """Weight of k3 to the reference in the loss, a token."""
-    normalization: Literal["token", "sequence"] = "sequence"
-    """sequence: an answer's mean counts; token: all tokens of the batch count alike."""
+    normalization: Literal["token", "sequence", "constant"] = "sequence"
+    """sequence: an answer's mean counts; token: all tokens of the batch count alike; constant: an answer's sum over
+    max_tokens (Dr. GRPO)."""
 
     def __post_init__(self):
         check(self.epsilon > 0, "epsilon", f"got {self.epsilon}; above 0 is needed")
         check(self.clip > 0, "clip", f"got {self.clip}; above 0 is needed")
+        check(self.clip_high >= 0, "clip_high", f"got {self.clip_high}; 0 or more is needed")
         check(self.kl_coefficient >= 0, "kl_coefficient", f"got {self.kl_coefficient}; 0 or more is needed")
 
 
@@ -110,6 +115,7 @@ class RLConfig(StageConfig):
         "mesh",
         "loop",
         "loss_chunk_tokens",
+        "sample_rows",
         "shown_completions",
     )
 
@@ -140,9 +146,12 @@ class RLConfig(StageConfig):
     temperature: float = 1.0
     """Divides the logits, of policy and reference alike."""
     missing_eos: Literal["none", "penalty", "replace", "exclude"] = "none"
-    """Answers cut off at max_tokens: scored as they are, less by the amount, as the amount, or not trained on."""
+    """Answers cut off at max_tokens: scored as they are, less by the amount, as the amount, or not trained on (their
+    score still counts in a group's baseline)."""
     missing_eos_amount: float = 0.0
-    """For penalty and replace."""
+    """For penalty and replace; with a reward model, whose mean score is about 0, replace needs one below 0."""
+    sample_rows: int = 0
+    """Answers drawn at a time, where a rollout's cache would not fit; 0: all of a rollout."""
     steps: int = 100
     """Rollouts; each is learned from for `passes`."""
     passes: int = 1
@@ -154,7 +163,8 @@ class RLConfig(StageConfig):
     schedule: ScheduleConfig = ScheduleConfig(kind="linear", peak=1e-6, warmup_steps=10)
     """The policy's learning rate, over all updates."""
     kl_budget: float = 0.0
-    """Ends the run once a rollout's KL to the reference exceeds so many nats an answer; 0: never."""
+    """Ends the run at the first rollout whose KL to the reference exceeds so many nats an answer: nothing is learned
+    from it; 0: never."""
     heldout_prompts: int = 0
     """Held-out prompts an evaluation answers, the first ones; 0: all."""
     loss_chunk_tokens: int = 0
@@ -183,14 +193,17 @@ class RLConfig(StageConfig):
         check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
         for field in ("prompts", "samples", "max_prompt_tokens", "max_tokens", "steps", "passes", "minibatch_answers"):
             check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
-        for field in ("kl_budget", "heldout_prompts", "loss_chunk_tokens", "seed", "shown_completions"):
+        for field in ("kl_budget", "heldout_prompts", "loss_chunk_tokens", "sample_rows", "seed", "shown_completions"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
         check(self.temperature > 0, "temperature", f"got {self.temperature}; above 0 is needed to explore")
         check(self.seed < 2**32 - 1, "seed", f"got {self.seed}; below 2**32 - 1 is needed")
         amount = self.missing_eos_amount
         if self.missing_eos == "penalty":
             check(amount > 0, "missing_eos_amount", f"got {amount}; what a cut off answer loses, above 0, is needed")
-        elif self.missing_eos != "replace":
+        elif self.missing_eos == "replace":
+            low = amount < 0 or not self.reward_model
+            check(low, "missing_eos_amount", f"got {amount}, about a reward model's mean; a score below 0 is needed")
+        else:
             check(amount == 0, "missing_eos_amount", f"is for penalty and replace; missing_eos is {self.missing_eos}")
         answers = self.prompts * self.samples
         check(

@@ -22,6 +22,7 @@ from jaxlm.rl import advantages as adv
 from jaxlm.rl import forward, kl, objectives
 from jaxlm.rl.config import RLConfig
 from jaxlm.rl.rollout import Rollout
+from jaxlm.train import optimizer as optimizers
 from jaxlm.train.state import TrainState
 
 
@@ -124,6 +125,8 @@ class Learner:
         # Each update takes every U-th row: devices split their own.
         split = lambda x: x.reshape(-1, updates_a_rollout(self.config), *x.shape[1:]).swapaxes(0, 1)
         rows = jax.tree.map(split, batch.get("pretraining", {}))
+        drift = assessed.kl(rollout)
+        observed = jnp.sum(drift) / jnp.maximum(jnp.sum(rollout.answer_lengths > 0).astype(jnp.float32), 1.0)
         (policy, value), each = jax.lax.scan(update, (state.policy, state.value), (order, rows))
         measured = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
         measured["rl/first_old_kl"] = jax.tree.map(lambda x: x[0], each["rl/old_kl"])
@@ -133,11 +136,12 @@ class Learner:
         measured["train/skipped_steps"] = metrics.scalar(skipped)
         measured |= self._measurements(state, rollout, assessed, scores, examples)
 
-        drift = assessed.kl(rollout)
-        answers = jnp.maximum(jnp.sum(rollout.answer_lengths > 0).astype(jnp.float32), 1.0)
-        observed = jnp.sum(drift) / answers
         # A policy that could not move shall not be pushed harder and harder.
         turned = jnp.where(missed < order.shape[0], self._coefficient(state.coefficient, observed), state.coefficient)
+        if self.config.kl_budget:
+            # The run ends here: with the policy that was measured, not with one that went further.
+            over = observed > self.config.kl_budget
+            policy, value = optimizers.where(over, (state.policy, state.value), (policy, value))
         kept = RLState(
             step=state.step + 1, policy=policy, value=value, coefficient=turned, kl=observed, skipped=skipped
         )
@@ -160,10 +164,10 @@ class Learner:
         else:
             assert config.grpo is not None
             groups = scores.reshape(config.prompts, config.samples)
-            if config.grpo.baseline == "group":
-                gains = adv.group_advantages(groups, config.grpo.epsilon)
-            else:
+            if config.grpo.baseline == "leave_one_out":
                 gains = adv.leave_one_out(groups)
+            else:
+                gains = adv.group_advantages(groups, config.grpo.epsilon, scale=config.grpo.baseline == "group")
             gains = jnp.broadcast_to(gains.reshape(-1, 1), mask.shape)
         return Examples(rollout, assessed.logprobs, assessed.reference, assessed.values, gains, returns, mask)
 
@@ -204,6 +208,10 @@ class Learner:
         off = jnp.abs(rollout.sampler_logprobs - assessed.logprobs)
         tokens = jnp.sum(mask.astype(jnp.float32))
         measured["rl/sampler_difference"] = Mean(jnp.sum(jnp.where(mask, off, 0.0)), tokens)
+        if self.config.grpo is not None:
+            groups = scores.reshape(-1, self.config.samples)
+            equal = jnp.all(groups == groups[:, :1], axis=1)
+            measured["rl/equal_groups"] = metrics.scalar(jnp.mean(equal.astype(jnp.float32)))
         if self.config.ppo is not None:
             sums = objectives.value_loss(assessed.values, assessed.values, examples.returns, examples.mask, 1.0)
             measured["rl/explained_variance"] = metrics.scalar(objectives.explained_variance(sums))

@@ -14,7 +14,8 @@ from jaxlm.base import manifest, precision, sharding
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data.loader import Loader
 from jaxlm.data.mixture import History
-from jaxlm.model.attention import chosen
+from jaxlm.model.attention import chosen, fitting_length
+from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 from jaxlm.rl import rollout as rollouts
@@ -67,8 +68,13 @@ class Directories:
         return self
 
 
+def row_length(config: RLConfig, shape: ModelConfig, mesh: Mesh) -> int:
+    """S: what a prompt and its answer need, and what makes the rows fit the platform's attention."""
+    return fitting_length(shape, mesh.devices.flat[0].platform, config.max_prompt_tokens + config.max_tokens)
+
+
 def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Models:
-    length = config.max_prompt_tokens + config.max_tokens
+    length = row_length(config, directories.policy.config, mesh)
     fitting = lambda shape: chosen(shape, mesh.devices.flat[0].platform, length)
     policy = fitting(directories.policy.config)
     reward = fitting(directories.reward.config) if directories.reward else None
@@ -127,13 +133,13 @@ def load_frozen(directories: Directories, models: Models, like: dict[str, Any]) 
     return frozen
 
 
-def abstract_batch(config: RLConfig, models: Models, mesh: Mesh) -> dict[str, Any]:
-    """Shapes and places of all that an iteration takes beside the state."""
+def abstract_batch(config: RLConfig, models: Models, mesh: Mesh, S: int) -> dict[str, Any]:
+    """Shapes and places of all that an iteration takes beside the state; `S`: from `row_length`."""
     frozen = {"reference": with_shardings(models.reference.abstract(), models.reference.shardings(mesh))}
     if models.reward is not None:
         frozen["reward"] = with_shardings(models.reward.abstract(), models.reward.shardings(mesh))
-    answers, length = config.prompts * config.samples, config.max_prompt_tokens + config.max_tokens
-    batch: dict[str, Any] = {"frozen": frozen, "rollout": rollouts.abstract(mesh, answers, length, config.max_tokens)}
+    answers = config.prompts * config.samples
+    batch: dict[str, Any] = {"frozen": frozen, "rollout": rollouts.abstract(mesh, answers, S, config.max_tokens)}
     if config.ppo is not None and config.ppo.pretraining:
         facts = manifest.read(config.ppo.pretraining[0].path, "rows", "ppo.pretraining").facts
         rows = config.ppo.pretraining_rows * updates_a_rollout(config)

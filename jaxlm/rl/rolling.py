@@ -29,8 +29,9 @@ from jaxlm.train.processes import from_first
 class Roller:
     """Answers prompts and scores the answers, as far as programs do."""
 
-    def __init__(self, config: RLConfig, sampler: Sampler, judge: Judge, gold: Judge | None):
-        self.config, self.sampler, self.judge, self.gold = config, sampler, judge, gold
+    def __init__(self, config: RLConfig, sampler: Sampler, judge: Judge, gold: Judge | None, row_length: int):
+        """`row_length`: the S of its rollouts."""
+        self.config, self.sampler, self.judge, self.gold, self.row_length = config, sampler, judge, gold, row_length
 
     def roll(
         self, params: Params, prompts: Sequence[Prompt], step: int, *, samples: int, seed: int, rows: int
@@ -46,7 +47,7 @@ class Roller:
             temperature=config.temperature,
             samples=samples,
             seed=seed,
-            batch_rows=max(rows, 1),
+            batch_rows=config.sample_rows or max(rows, 1),
         )
         completions = self.sampler.generate(
             prepare(self.sampler.source_config, params),
@@ -64,8 +65,7 @@ class Roller:
             measured["rl/gold"] = mean(from_first(lambda: gold.scores(prompts, completions)))
         measured["rl/rollout_seconds"] = mean([drawn - began])
         measured["rl/reward_seconds"] = mean([time.monotonic() - drawn])
-        S = config.max_prompt_tokens + config.max_tokens
-        made = rollouts.gather(prompts, completions, scores, S=S, T=config.max_tokens, rows=rows)
+        made = rollouts.gather(prompts, completions, scores, S=self.row_length, T=config.max_tokens, rows=rows)
         return made, completions, measured
 
 

@@ -61,10 +61,14 @@ class Sampler:
     """Draws completions from models of one config; the parameters are given to each call, as `prepare` makes them."""
 
     def __init__(
-        self, config: ModelConfig, tokenizer: Tokenizer, context_tokens: int = 0, answer_ends: Sequence[int] = ()
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        context_tokens: int = 0,
+        ends: Sequence[int] = (),
     ):
-        """`context_tokens`: length of the rows the model was trained on; 0: unknown, any length goes. `answer_ends`:
-        the chat template's stop tokens, which end a completion as EOS does."""
+        """`context_tokens`: length of the rows the model was trained on; 0: unknown, any length goes. `ends`: the
+        tokens that end a completion by itself ("eos"), such as a chat template's stop tokens; empty: EOS alone."""
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
@@ -76,7 +80,7 @@ class Sampler:
         self.config, self.definition = for_inference(config)
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
-        self.ends = [tokenizer.eos_id, *(token for token in answer_ends if token != tokenizer.eos_id)]
+        self.ends = [*ends] or [tokenizer.eos_id]
 
     def encode(self, text: str) -> list[int]:
         """The prompt's ids, with BOS before them where the tokenizer has one (as documents are packed)."""

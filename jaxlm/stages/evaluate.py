@@ -147,7 +147,7 @@ def evaluate_chats(config: EvaluateConfig, lm: LanguageModel, source: ChatSource
     result = _measure(config, lm, packed, row_length)
     asked = found[: config.answers]
     if asked:
-        sampler = Sampler(lm.config, lm.tokenizer, row_length, template.stop_ids)
+        sampler = Sampler(lm.config, lm.tokenizer, row_length, (lm.tokenizer.eos_id, *template.stop_ids))
         with jax.set_mesh(lm.mesh):
             said = answers.answer(asked, template, lambda ids: sampler.generate(lm.params, ids, config.sampling))
         result |= {"answers": answers.scores_of(asked, said, config.verifiers)}

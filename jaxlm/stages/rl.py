@@ -10,6 +10,7 @@ iterations. Results: WORKDIR/metrics.jsonl (rl/…), completions.jsonl (some ans
 """
 
 import functools
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,16 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.base import manifest, metrics, sharding
+from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model
-from jaxlm.model.transformer import flops_per_token
 from jaxlm.model.weights import Params
 from jaxlm.rl import forward, objectives, prompts
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
+from jaxlm.rl.evaluation import evaluator
 from jaxlm.rl.figures import draw_frontier
 from jaxlm.rl.learner import (
     Examples,
@@ -35,13 +36,19 @@ from jaxlm.rl.learner import (
     Models,
     RLState,
     answer_tokens,
-    assess,
     policy_metrics,
-    rollout_figures,
-    rollout_sums,
     updates_a_rollout,
 )
-from jaxlm.rl.models import Directories, Part, abstract_batch, define_models, first_value, load_frozen, pretraining_rows
+from jaxlm.rl.models import (
+    Directories,
+    Part,
+    abstract_batch,
+    define_models,
+    first_value,
+    load_frozen,
+    pretraining_rows,
+    row_length,
+)
 from jaxlm.rl.rewards import Judge
 from jaxlm.rl.rolling import CompletionLog, Roller, mean
 from jaxlm.sample.sampler import Sampler
@@ -133,7 +140,8 @@ def ppo_step(
     rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
     policy, norms = apply_gradients(policy, gradients, good, rate, policy_optimizer, config.optimizer)
     value_rate = rate * ppo.value_rate
-    value, _ = apply_gradients(value, value_gradients, good, value_rate, value_optimizer, ppo.value_optimizer)
+    value, of_value = apply_gradients(value, value_gradients, good, value_rate, value_optimizer, ppo.value_optimizer)
+    value_measured["rl/value_gradient_norm"] = of_value["train/gradient_norm"]
     return (policy, value), measured | value_measured | norms
 
 
@@ -150,7 +158,7 @@ def grpo_step(
     """One update of the policy on a minibatch of answers; there is no value function."""
     grpo = config.grpo
     assert grpo is not None
-    weights, units = objectives.normalizers(examples.mask, grpo.normalization)
+    weights, units = objectives.normalizers(examples.mask, grpo.normalization, config.max_tokens)
     units = jnp.maximum(units, 1.0)
 
     def objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
@@ -161,7 +169,7 @@ def grpo_step(
             examples.advantages,
             examples.mask,
             grpo.clip,
-            grpo.clip,
+            grpo.clip_high or grpo.clip,
             weights=weights,
         )
         drift = objectives.kl_loss(tokens.logprobs, examples.reference, examples.mask, weights=weights)
@@ -226,7 +234,7 @@ def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Progra
             value=value.initial(first_value(config, directories, value.placed.params)) if value else (),
         )
 
-    batch = abstract_batch(config, models, mesh)
+    batch = abstract_batch(config, models, mesh, row_length(config, directories.policy.config, mesh))
     placed = jax.tree.map(lambda x: x.sharding, (abstract, batch))
     return Program(
         step=jax.jit(
@@ -265,41 +273,10 @@ class Iteration:
         state, learned, each = self.learn(state, given)
         scores, drift = jax.device_get(each)
         measured["rl/learning_seconds"] = mean([time.monotonic() - began])
-        if (batch["step"] + 1) % config.loop.log_every_steps == 0:
-            self.log.write(batch["step"] + 1, asked, completions, scores, drift)
+        step = batch["step"] + 1
+        if step % config.loop.log_every_steps == 0 or step == config.steps:
+            self.log.write(step, asked, completions, scores, drift)
         return state, measured | learned
-
-
-def evaluator(config: RLConfig, models: Models, roller: Roller, heldout: list[prompts.Prompt], frozen: Any, mesh: Mesh):
-    """state → the policy's figures on held-out prompts, one answer each, drawn with random numbers of their own.
-
-    Of the averaged policy if there is one: it is what the stage makes.
-    """
-    rows = config.minibatch_answers
-    like = rollouts.abstract(mesh, rows, config.max_prompt_tokens + config.max_tokens, config.max_tokens)
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def measure(policy: Params, value: Params, frozen: Any, rollout: rollouts.Rollout) -> Any:
-        assessed = assess(config, models, policy, value, frozen, rollout)
-        return rollout_sums(rollout, assessed, rollout.scores + assessed.model_scores)
-
-    def evaluate(state: RLState) -> dict[str, float]:
-        total: Any = None
-        gold: Any = None
-        policy = state.policy.ema or state.policy.params
-        value = state.value.params if state.value else {}
-        for at in range(0, len(heldout), rows):
-            asked = heldout[at : at + rows]
-            made, _, measured = roller.roll(policy, asked, 0, samples=1, seed=config.seed + 1, rows=rows)
-            sums = measure(policy, value, frozen, rollouts.place(made, like))
-            total = metrics.merge(total, sums) if total is not None else sums
-            if "rl/gold" in measured:
-                gold = metrics.merge(gold, measured["rl/gold"]) if gold is not None else measured["rl/gold"]
-        if total is None:
-            return {}
-        return rollout_figures(total, "eval/") | (metrics.values({"eval/gold": gold}) if gold is not None else {})
-
-    return evaluate
 
 
 def main(config: RLConfig) -> dict[str, Any]:
@@ -313,7 +290,8 @@ def main(config: RLConfig) -> dict[str, Any]:
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
         shape, tokenizer = directories.policy.config, directories.policy.tokenizer()
         template = directories.policy.chat_template()
-        sampler = Sampler(shape, tokenizer, 0, template.stop_ids if template else ())
+        # Nothing but the template's own stop tokens ends an answer: the reward model has seen no other end.
+        sampler = Sampler(shape, tokenizer, ends=template.stop_ids if template else ())
         read = lambda split: prompts.read(
             [s for s in config.sources if s.split == split], template, sampler.encode, config.max_prompt_tokens
         )
@@ -326,7 +304,9 @@ def main(config: RLConfig) -> dict[str, Any]:
         frozen = load_frozen(directories, models, program.abstract_batch["frozen"])
         judge = lambda some: Judge(config.verifiers, some, "verifiers")
         gold = lambda some: Judge([config.gold], some, "gold") if config.gold else None
-        roller = Roller(config, sampler, judge(asked), gold(asked))
+        S = row_length(config, shape, mesh)
+        roller = Roller(config, sampler, judge(asked), gold(asked), S)
+        heldout_roller = Roller(config, sampler, judge(heldout), gold(heldout), S)
         task = Task(
             program=program,
             compile=lambda: Iteration(config, program, roller, frozen),
@@ -335,11 +315,10 @@ def main(config: RLConfig) -> dict[str, Any]:
             steps=config.steps,
             weights=tuple(source.weight for source in config.ppo.pretraining) if config.ppo else (),
             batches=batches(config, asked, mesh),
-            evaluate=evaluator(
-                config, models, Roller(config, sampler, judge(heldout), gold(heldout)), heldout, frozen, mesh
-            ),
+            evaluate=evaluator(config, models, heldout_roller, heldout, frozen, mesh),
             tokens_per_step=config.prompts * config.samples * config.max_tokens,
-            flops_per_token=flops_per_token(shape, config.max_prompt_tokens + config.max_tokens),
+            # Drawing waits for memory, scoring and learning for products: one share of the peak says nothing of either.
+            flops_per_token=math.nan,
             identity=run_identity(config, read_from),
             plateau=PlateauConfig(),
             best_metric="",
@@ -369,7 +348,11 @@ def main(config: RLConfig) -> dict[str, Any]:
             mesh,
             tokenizer=directories.policy.folder,
             inputs=read_from,
-            facts={"summary": summary, "row_length": directories.policy.manifest.facts.get("row_length", 0)},
+            facts={
+                "summary": summary,
+                "row_length": directories.policy.manifest.facts.get("row_length", 0),
+                "temperature": config.temperature,
+            },
             chat_template=template,
         )
     return summary

@@ -20,6 +20,8 @@ from jaxlm.rl.config import GRPOConfig, RLConfig
 from jaxlm.rl.prompts import Prompt
 from jaxlm.rl.rewards import Judge
 from jaxlm.rl.rolling import CompletionLog, Roller, mean, names, repetition
+from jaxlm.sample.config import SamplingConfig
+from jaxlm.sample.decoding import prepare
 from jaxlm.sample.sampler import Completion, Sampler
 from jaxlm.tokenizer.byte import ByteTokenizer
 
@@ -63,7 +65,7 @@ def params():
 def rolled(config, params, asked=ASKED, step=3, seed=5, **fields):
     sampler = Sampler(SHAPE, TOKENIZER)
     gold = VerifierConfig(kind="function", function=f"{__name__}:almost_right")
-    roller = Roller(config, sampler, Judge(config.verifiers, ASKED, "verifiers"), Judge([gold], ASKED, "gold"))
+    roller = Roller(config, sampler, Judge(config.verifiers, ASKED, "verifiers"), Judge([gold], ASKED, "gold"), 14)
     fields = dict(samples=config.samples, seed=seed, rows=len(asked) * config.samples) | fields
     return roller.roll(params, asked, step, **fields)
 
@@ -119,6 +121,21 @@ def test_random_bits_name_seed_step_prompt_and_sample(params):
         _, changed, _ = rolled(one, params, **other)
         assert sum(a.ids == b.ids for a, b in zip(whole, changed, strict=True)) < 8
     assert len({c.ids for c in whole}) > 8
+
+
+def test_drawn_in_parts_the_answers_are_the_same(params):
+    whole, _, _ = rolled(config(), params)
+    parts, _, _ = rolled(config(sample_rows=3), params)
+    jax.tree.map(np.testing.assert_array_equal, parts._replace(sampler_logprobs=0), whole._replace(sampler_logprobs=0))
+    np.testing.assert_allclose(parts.sampler_logprobs, whole.sampler_logprobs, atol=1e-5)
+
+
+def test_with_a_templates_stop_token_eos_ends_nothing(params):
+    made = Sampler(SHAPE, TOKENIZER, ends=[97]).generate(
+        prepare(SHAPE, params), [ASKED[1].ids] * 8, SamplingConfig(max_tokens=40)
+    )
+    assert any(TOKENIZER.eos_id in completion.ids[:-1] for completion in made)
+    assert all(completion.ids[-1] == 97 for completion in made if completion.stop_reason == "eos")
 
 
 def test_a_prompt_asked_twice_is_answered_anew(params):

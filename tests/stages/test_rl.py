@@ -12,7 +12,7 @@ import matplotlib.image as plt_image
 import numpy as np
 import optax
 import pytest
-from stage_runs import Runner, assert_same_run, lines_of, written
+from stage_runs import Runner, arrays_of, assert_same_run, lines_of, written
 
 from jaxlm.base.config import MeshConfig, override
 from jaxlm.base.errors import ConfigError, UserError
@@ -404,7 +404,8 @@ def test_a_budget_of_kl_ends_a_run_for_good_killed_or_not(config, tmp_path):
     config = with_grpo(config, reward_model="", verifiers=(by(share_of_letters),), gold=by(almost_right), passes=1)
     # The average hardly moves: what is evaluated and written is the reference still, and the policy itself is not.
     average = dataclasses.replace(config.optimizer, ema=0.999999)
-    config = run(other(config, optimizer=average, kl_budget=0.5, steps=40, temperature=1.0))
+    loop = dataclasses.replace(config.loop, checkpoint=CheckpointConfig(every_steps=1))
+    config = run(other(config, optimizer=average, kl_budget=0.5, steps=40, temperature=1.0, loop=loop))
     rolled = [line for line in lines_of(config.workdir) if "rl/kl" in line]
     last = rolled[-1]["step"]
     assert [line["rl/kl"] > 0.5 for line in rolled] == [False] * (len(rolled) - 1) + [True]
@@ -415,6 +416,10 @@ def test_a_budget_of_kl_ends_a_run_for_good_killed_or_not(config, tmp_path):
     np.testing.assert_array_equal(stored["head"], arrays_of(config.workdir, last)["policy/ema/head"])
     for line in lines_of(config.workdir):
         assert line.get("eval/kl", 0.0) == pytest.approx(0, abs=1e-3)
+    # Nothing was learned from the rollout that went too far: the policy is the one that drew it.
+    before, after = arrays_of(config.workdir, last - 1), arrays_of(config.workdir, last)
+    for name in (name for name in after if name.startswith("policy/")):
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
     told = lines_of(config.workdir, "completions.jsonl")
     assert [line["step"] for line in told] == [step + 1 for step in range(last) for _ in range(4)]
@@ -485,7 +490,8 @@ def test_fields_that_do_not_go_together_are_refused_by_name(config):
         "^sources: none has split='train'": dict(sources=config.sources[1:]),
         "^temperature: got 0.0; above 0": dict(temperature=0.0),
         "^max_tokens: got 0": dict(max_tokens=0),
-        "^missing_eos_amount: got 0.0": dict(missing_eos="penalty"),
+        "^missing_eos_amount: got 0.0; what": dict(missing_eos="penalty"),
+        "^missing_eos_amount: got 0.0, about": dict(missing_eos="replace"),
         "^missing_eos_amount: is for penalty and replace": dict(missing_eos_amount=1.0),
         "^schedule.peak: is 0": dict(schedule=ScheduleConfig(warmup_steps=1)),
         "^seed: got": dict(seed=2**32),
