@@ -29,7 +29,7 @@ from jaxlm.base.errors import UserError
 from jaxlm.text import installed
 from jaxlm.text.config import Split
 
-VERSION = 1  # of the texts made here: to be raised when they change, so that stages run again
+VERSION = 2  # of the texts made here: to be raised when they change, so that stages run again
 HELDOUT_EVERY = 8  # of the demo's 3,700 functions 466: a share is known to ±2.3 % (1 σ), and training keeps 7 of 8
 LONG_PARAGRAPH, LONG_SIGNATURE, LONG_TARGET = 300, 80, 20  # characters; 20 are 1 to 6 of the demo's tokens
 SUMMARY, LEAST_WORDS = (20, 160), 4  # characters; different words: fewer can hardly be halved or shuffled
@@ -44,6 +44,12 @@ MORE = {
 }
 ANOTHER = ("And `{}`?", "And what does `{}` do?", "What about `{}`?")
 SYSTEM = ("Answer questions about Python's libraries.", "You know Python's documentation. Answer briefly.")
+FORMS = (
+    ("in square brackets", "[{}]"),
+    ("in round brackets", "({})"),
+    ("in double quotes", '"{}"'),
+    ("as module=NAME", "module={}"),
+)
 TIERS = {
     "overall": (("real",), ("truncated",), ("invented",), ("other", "shuffled")),
     "helpful": (("real",), ("invented",), ("truncated",), ("other", "shuffled")),
@@ -51,6 +57,8 @@ TIERS = {
 }
 SECOND_OPINION = (("real",), ("invented",), ("truncated",), ("other",), ("shuffled",))
 INVENTED = ("get_{}", "make_{}", "to_{}", "fast_{}", "{}_all", "{}_like", "{}_from", "{}s", "{}2")
+SPLICED = 2 / 3  # of invented names: so small models go wrong, beginning a name and losing it
+TASKS_TAUGHT = 1 / 4  # of the functions: reinforcement is to find something to do
 
 _NO_PROSE = re.compile(r">>>|--|==|::|\.\. |\\|~~|\*\*\*| \| | -> |://")
 _END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\betc)(?<!\bcf)\.(?=\s+[^a-z]|\s*$)")
@@ -175,7 +183,7 @@ def chats(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     | what | What does `textwrap.dedent` do? | `textwrap.dedent`: Remove any … in `text`. | all |
     | call | How is `textwrap.dedent` called? | `textwrap.dedent(text)`. | those with a signature |
     | module | Which module holds `dedent`? | `textwrap`. | those whose object has no namesake |
-    | task | one of `tasks` | its target | half |
+    | task | one of `tasks` | its target | a quarter |
     | turns | 2 or 3 of the first three, about one function or two | | a quarter |
 
     Each is asked in one of several ways; an eighth of train's begin with a system message. Held out: single turns, no
@@ -191,8 +199,8 @@ def chats(modules: Collection[str], split: Split, field: str = "modules") -> Ite
         if objects[function.object] == 1:
             asked["module"] = (dice.choice(MODULE).format(function.object), f"`{function.module}`.")
         made = [(kind, [turn]) for kind, turn in asked.items()]
-        tasks = _tasks(function, own)
-        if tasks and (split == "heldout" or dice.random() < 1 / 2):
+        tasks = _tasks(function)
+        if tasks and (split == "heldout" or dice.random() < TASKS_TAUGHT):
             made.append(("task", [dice.choice(tasks)[1:]]))
         if split == "train" and dice.random() < 1 / 4:
             made.append(("turns", _turns(dice, asked, own[(place + 1) % len(own)])))
@@ -216,40 +224,37 @@ def _messages(turns: Sequence[tuple[str, ...]], system: str = "") -> list[dict[s
 
 
 def tasks(modules: Collection[str], split: Split, field: str = "modules") -> Iterator[dict[str, Any]]:
-    """{"kind", "name", "prompt", "target": [text]}: open-book questions, for the verifiers normalized and exact.
+    """{"kind", "name", "prompt", "target": [text]}: open-book questions, for the verifier exact.
 
     | kind | prompt | target |
     | --- | --- | --- |
-    | first, last | Name the first parameter of `textwrap.dedent(text)`. Answer with the name alone. | text |
+    | first | Name the first parameter of `textwrap.dedent(text)`. Answer with the name alone. | text |
     | default | What is the default of `width` in `textwrap.wrap(text, width=70)`? Answer with the value alone. | 70 |
     | module | Which module holds `textwrap.dedent`? Answer with the module alone. | textwrap |
-    | function | Remove any … in `text`. Is this `dedent` or `wrap`? Answer with the name alone. | dedent |
+    | format | Which module holds `textwrap.dedent`? Answer in square brackets. | [textwrap] |
 
-    The answer stands in the prompt, whose last sentence asks for it alone: without backticks and period. The train
-    chats of the kind task teach this form. The wrong name in `function` is one of the same split.
+    The answer stands in the prompt, whose last sentence says in which form it is wanted. The train chats of the kind
+    task teach these forms.
     """
-    own = _split(modules, split, field)
-    for function in own:
-        for kind, prompt, target in _tasks(function, own):
+    for function in _split(modules, split, field):
+        for kind, prompt, target in _tasks(function):
             yield {"kind": kind, "name": function.name, "prompt": prompt, "target": [target]}
 
 
-def _tasks(function: Function, own: Sequence[Function]) -> list[tuple[str, str, str]]:
+def _tasks(function: Function) -> list[tuple[str, str, str]]:
     """(kind, prompt, answer)"""
     dice, called, names = _dice("tasks", function.name), function.name + function.signature, function.parameters
-    made = [("module", f"Which module holds `{function.name}`? Answer with the module alone.", function.module)]
+    wanted, form = dice.choice(FORMS)
+    asked = f"Which module holds `{function.name}`? Answer"
+    made = [("module", f"{asked} with the module alone.", function.module)]
+    made.append(("format", f"{asked} {wanted}.", form.format(function.module)))
     if names and not re.search(r"\*\w", function.signature):
-        for kind, name in (("first", names[0]), ("last", names[-1]))[: len(names)]:
-            made.append((kind, f"Name the {kind} parameter of `{called}`. Answer with the name alone.", name))
+        made.append(("first", f"Name the first parameter of `{called}`. Answer with the name alone.", names[0]))
     # Words and whole numbers: a verifier that ignores punctuation takes 5 for 0.5 and -5.
     defaults = [pair for pair in re.findall(r"(\w+)=(\w+)(?=[,)])", function.signature) if pair[0] in names]
     if defaults:
         name, value = dice.choice(defaults)
         made.append(("default", f"What is the default of `{name}` in `{called}`? Answer with the value alone.", value))
-    if other := _other(dice, function, own):
-        a, b = dice.sample([function.object, other.object], 2)
-        asked = f"{function.paragraph} Is this `{a}` or `{b}`? Answer with the name alone."
-        made.append(("function", asked, function.object))
     return [each for each in made if each[2].strip("_") and len(each[2]) <= LONG_TARGET]
 
 
@@ -282,7 +287,7 @@ def rankings(modules: Collection[str], split: Split, field: str = "modules") -> 
         mixed = min(orders, key=lambda order: len(pairs & {*itertools.pairwise(order)}))[1:-1]
         answers = {
             "truncated": f"`{function.name}`: {' '.join(words[: len(words) // 2])}".rstrip(".,;:"),
-            "invented": f"`{_invented(dice, function, heldout)}`: {function.summary}",
+            "invented": f"`{_invented(dice, function, own, heldout)}`: {function.summary}",
             "shuffled": f"`{function.name}`: {' '.join(mixed)}.",
         }
         if other := _other(dice, function, own):
@@ -298,10 +303,14 @@ def rankings(modules: Collection[str], split: Split, field: str = "modules") -> 
         }
 
 
-def _invented(dice: random.Random, function: Function, heldout: Container[str]) -> str:
-    """A plausible name that the module does not have."""
+def _invented(dice: random.Random, function: Function, own: Sequence[Function], heldout: Container[str]) -> str:
+    """A plausible name that the module does not have: the object's changed, or begun and ended with another's."""
     forms = itertools.chain(dice.sample(INVENTED, len(INVENTED)), map("{{}}{}".format, itertools.count(3)))
-    objects = (form.format(function.object) for form in forms)
+    objects = [form.format(function.object) for form in itertools.islice(forms, len(INVENTED) + 5)]
+    other = dice.choice(own).object
+    spliced = function.object[: dice.randint(1, len(function.object))] + other[dice.randrange(len(other)) :]
+    if dice.random() < SPLICED:
+        objects.insert(0, spliced)
     names = (f"{function.module}.{name}" for name in objects if name not in vars(sys.modules[function.module]))
     return next(name for name in names if not _tells(name, heldout))
 

@@ -130,7 +130,7 @@ def test_the_demo_has_enough_of_everything(made):
     }
     for split in ("train", "heldout"):
         kinds = Counter(task["kind"] for task in made["tasks", split])
-        assert min(kinds[kind] for kind in ("first", "last", "default", "module", "function")) > 100
+        assert min(kinds[kind] for kind in ("first", "default", "module", "format")) > 100
         assert {len(record["completions"]) for record in made["rankings", split]} == {3, 4, 5}
 
 
@@ -226,14 +226,13 @@ def test_a_task_takes_its_target_and_no_wrong_answer(made):
         (target,) = task["target"]
         verify, exact = verifiers.normalized(task["target"]), verifiers.exact(task["target"])
         assert 1 <= len(target) <= questions.LONG_TARGET
-        assert target in task["prompt"]
+        bare = target.strip('[]()"').removeprefix("module=")
+        assert bare in task["prompt"]
         for right in (target, f"`{target}`.", target.upper()):
             assert verify(task["prompt"], right).score == 1
         assert exact(task["prompt"], target).score == 1
-        offered = re.search(r"Is this `(\w+)` or `(\w+)`\?", task["prompt"])
-        wrong = {*offered.groups()} - {target} if offered else {f"x{target}", f"`{task['name']}`", task["prompt"], ""}
-        assert wrong
-        for answer in wrong:
+        assert (task["kind"] == "format") == (bare != target) == (exact(task["prompt"], bare).score == 0)
+        for answer in {f"x{target}", f"`{task['name']}`", task["prompt"], ""}:
             assert verify(task["prompt"], answer).score == 0, (task, answer)
 
 
@@ -241,7 +240,7 @@ def test_the_train_chats_teach_the_form_of_the_tasks(made):
     known = {(task["prompt"], *task["target"]) for task in made["tasks", "train"]}
     taught = [chat for chat in made["chats", "train"] if chat["kind"] == "task"]
     assert all(tuple(m["content"] for m in chat["messages"][-2:]) in known for chat in taught)
-    assert 0.1 < len(taught) / len(made["chats", "train"]) < 0.25
+    assert 0.05 < len(taught) / len(made["chats", "train"]) < 0.15
 
 
 def test_chats_are_well_formed(made):
