@@ -114,6 +114,12 @@ class Learner:
         rollout: Rollout = batch["rollout"]
         value = state.value.params if state.value else {}
         assessed = assess(self.config, self.models, state.policy.params, value, batch["frozen"], rollout)
+        return self.learn(state, rollout, assessed, batch.get("pretraining", {}))
+
+    def learn(
+        self, state: RLState, rollout: Rollout, assessed: Assessed, pretraining: dict[str, Array]
+    ) -> tuple[RLState, dict[str, Mean], Answers]:
+        """What follows scoring: advantages over the whole rollout, and all updates; `pretraining` rows or {}."""
         scores = rollout.scores + assessed.model_scores
         examples = self._examples(state, rollout, assessed, scores)
 
@@ -124,7 +130,7 @@ class Learner:
         order = self._order(state.step)
         # Each update takes every U-th row: devices split their own.
         split = lambda x: x.reshape(-1, updates_a_rollout(self.config), *x.shape[1:]).swapaxes(0, 1)
-        rows = jax.tree.map(split, batch.get("pretraining", {}))
+        rows = jax.tree.map(split, pretraining)
         drift = assessed.kl(rollout)
         observed = jnp.sum(drift) / jnp.maximum(jnp.sum(rollout.answer_lengths > 0).astype(jnp.float32), 1.0)
         (policy, value), each = jax.lax.scan(update, (state.policy, state.value), (order, rows))
