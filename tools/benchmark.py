@@ -2,12 +2,13 @@
 
     python tools/benchmark.py             training and decoding
     python tools/benchmark.py train       one of them
+    python tools/benchmark.py rl          an iteration of reinforcement learning, part by part (benchmark_rl.py)
     python tools/benchmark.py --peer      transformers + torch beside it (pip install transformers torch, in an
                                           environment of its own; give its Python as --peer=PATH)
 
-Shape: 16.9 M parameters (6 layers, width 384, 6 heads, feed-forward 1024, vocabulary 8192), bf16; training on 16 rows
-of 256 tokens, decoding 16 prompts of 64 tokens for 128 new ones. Figures are medians of 5 pairs, each measured back to
-back; the machine and the rate of a matrix product of that minute stand beside them.
+Shape of training and decoding: 16.9 M parameters (6 layers, width 384, 6 heads, feed-forward 1024, vocabulary 8192),
+bf16; training on 16 rows of 256 tokens, decoding 16 prompts of 64 tokens for 128 new ones. Figures are medians of 5
+pairs, each measured back to back; the machine and the rate of a matrix product of that minute stand beside them.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import benchmark_rl
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,7 @@ import reference_model
 
 from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import JaxlmError
 from jaxlm.data.config import MixtureSource
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
@@ -161,28 +165,50 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names) or '?'} cores, {amx}; jax {jax.__version__}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["train", "decode", "all"], default="all")
-    parser.add_argument("--peer", metavar="PYTHON", help="a Python that has transformers and torch")
-    arguments = parser.parse_args()
-    print(machine())
-    rates = (product_rate(jnp.dtype(kind)) for kind in (jnp.bfloat16, jnp.float32))
-    print("matrix product: {:.0f} GFLOP/s in bfloat16, {:.0f} in float32".format(*rates))
+def ratios(what: str, peer: str) -> None:
+    """Prints "train", "decode" or "all"; `peer`: a Python that has transformers and torch, or nothing."""
     cases = {"train": (training_pair, B * S, 1), "decode": (decoding_pair, B * NEW, 1)}
     for name, (make, tokens, repeat) in cases.items():
-        if arguments.what in (name, "all"):
+        if what in (name, "all"):
             found = in_turns(*make(), tokens, repeat)
             print(
                 f"{name:7} jaxlm {found['jaxlm']:7,.0f} tokens/s   reference {found['reference']:7,.0f}   "
                 f"ratio {found['ratio']:.2f} ({found['lowest']:.2f} to {found['highest']:.2f})"
             )
-    if arguments.peer:
-        peer = Path(__file__).parent / "benchmark_peer.py"
-        done = subprocess.run([arguments.peer, peer], check=True, capture_output=True, text=True)
+    if peer:
+        script = Path(__file__).parent / "benchmark_peer.py"
+        done = subprocess.run([peer, script], check=True, capture_output=True, text=True)
         for name, rate in json.loads(done.stdout.splitlines()[-1]).items():
             print(f"{name:28} {rate:7,.0f} tokens/s")
 
 
+def main(given: Sequence[str] | None = None) -> int:
+    # Given before or after the command: a default would undo what stands before it.
+    peer = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    peer.add_argument("--peer", metavar="PYTHON", help="a Python that has transformers and torch")
+    kind: Any = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, parents=[peer], **kind)
+    parser.set_defaults(what="all")
+    commands = parser.add_subparsers(metavar="WHAT", help="train, decode, all (the default) or rl")
+    for name in ("train", "decode", "all"):
+        commands.add_parser(name, parents=[peer]).set_defaults(what=name)
+    rl = commands.add_parser("rl", description=benchmark_rl.__doc__, **kind)
+    rl.set_defaults(what="rl")
+    benchmark_rl.add_arguments(rl)
+    arguments = parser.parse_args(given)
+    print(machine())
+    rates = (product_rate(jnp.dtype(kind)) for kind in (jnp.bfloat16, jnp.float32))
+    print("matrix product: {:.0f} GFLOP/s in bfloat16, {:.0f} in float32".format(*rates))
+    try:
+        if arguments.what == "rl":
+            benchmark_rl.main(arguments.answers, arguments.repeats, arguments.stage)
+        else:
+            ratios(arguments.what, getattr(arguments, "peer", ""))
+        return 0
+    except JaxlmError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return error.exit_code
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
