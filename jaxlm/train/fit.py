@@ -1,6 +1,6 @@
 """What has to fit together before a stage trains: batch, rows, mesh and model."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
@@ -8,6 +8,7 @@ from jaxlm.base.errors import ConfigError
 from jaxlm.model.config import ModelConfig
 
 
+@runtime_checkable  # the tests check arguments' types, and an instance of any other protocol cannot be told
 class Batches(Protocol):
     """What the configs of stages that train on rows have."""
 
