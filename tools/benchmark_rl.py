@@ -52,7 +52,6 @@ from jaxlm.rl.rewards import Judge
 from jaxlm.rl.rolling import Roller
 from jaxlm.rl.rollout import Rollout
 from jaxlm.sample import decoding
-from jaxlm.sample.sampler import Sampler
 from jaxlm.stages import rl
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.tokenizer import tokenizer as tokenizers
@@ -129,7 +128,7 @@ class Case:
         self.mesh, self.program = mesh, rl.build_from(config, mesh, directories)
         models = define_models(config, directories, mesh)
         frozen = load_frozen(directories, models, self.program.abstract_batch["frozen"])
-        sampler = Sampler(directories.policy.config, directories.policy.tokenizer())
+        sampler = rolling.sampler_of(config, directories.policy)
         asked = prompts.read(config.sources, None, sampler.encode, config.max_prompt_tokens)
         self.judge = Judge(config.verifiers, asked, "verifiers")
         roller = Roller(config, sampler, self.judge, None, row_length(config, directories.policy.config, mesh))

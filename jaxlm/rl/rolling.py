@@ -23,6 +23,7 @@ from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.decoding import prepare
 from jaxlm.sample.sampler import Completion, Sampler
 from jaxlm.train.metrics_writer import cut_back
+from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 
 
@@ -67,6 +68,16 @@ class Roller:
         measured["rl/reward_seconds"] = mean([time.monotonic() - drawn])
         made = rollouts.gather(prompts, completions, scores, S=self.row_length, T=config.max_tokens, rows=rows)
         return made, completions, measured
+
+
+def sampler_of(config: RLConfig, policy: ModelDirectory) -> Sampler:
+    """What draws the policy's answers.
+
+    Nothing but the chat template's own stop tokens ends them: a reward model has seen no other end.
+    """
+    template = policy.chat_template()
+    ends = template.stop_ids if template else ()
+    return Sampler(policy.config, policy.tokenizer(), ends=ends, prompt_room=config.max_prompt_tokens)
 
 
 def names(numbers: Sequence[int], prompts: int) -> list[int]:

@@ -66,9 +66,11 @@ class Sampler:
         tokenizer: Tokenizer,
         context_tokens: int = 0,
         ends: Sequence[int] = (),
+        prompt_room: int = 0,
     ):
         """`context_tokens`: length of the rows the model was trained on; 0: unknown, any length goes. `ends`: the
-        tokens that end a completion by itself ("eos"), such as a chat template's stop tokens; empty: EOS alone."""
+        tokens that end a completion by itself ("eos"), such as a chat template's stop tokens; empty: EOS alone.
+        `prompt_room`: what prompts up to this length are padded to, so that one program serves them all."""
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
@@ -81,6 +83,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
         self.ends = [*ends] or [tokenizer.eos_id]
+        self.prompt_room = prompt_room
 
     def encode(self, text: str) -> list[int]:
         """The prompt's ids, with BOS before them where the tokenizer has one (as documents are packed)."""
@@ -160,7 +163,7 @@ class Sampler:
             self.config,
             bucket(sampling.max_tokens, 32),
             params,
-            _batch(rows, sampling.seed, step),
+            _batch(rows, sampling.seed, step, self.prompt_room),
             stops,
             settings,
         )
@@ -228,12 +231,13 @@ def settled(text: str, stops: Sequence[str]) -> int:
     return len(text) - max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
 
 
-def _batch(rows: Sequence[Row], seed: int, step: int) -> decoding.Prompts:
-    """The rows, padded to their buckets; under a mesh to a number of rows that it divides."""
+def _batch(rows: Sequence[Row], seed: int, step: int, room: int) -> decoding.Prompts:
+    """The rows, padded to their buckets (prompts to `room` where that is enough), under a mesh to what it divides."""
     mesh = jax.sharding.get_abstract_mesh()
     pieces = 1 if mesh.empty else sharding.batch_pieces(mesh.shape)
     B = -(-bucket(len(rows)) // pieces) * pieces
-    P = bucket(max(len(row.prompt) for row in rows), 16)
+    longest = max(len(row.prompt) for row in rows)
+    P = room if longest <= room else bucket(longest, 16)
     ids = np.zeros((B, P), np.int32)
     for index, row in enumerate(rows):
         ids[index, : len(row.prompt)] = row.prompt

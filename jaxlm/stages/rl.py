@@ -50,8 +50,7 @@ from jaxlm.rl.models import (
     row_length,
 )
 from jaxlm.rl.rewards import Judge
-from jaxlm.rl.rolling import CompletionLog, Roller, mean
-from jaxlm.sample.sampler import Sampler
+from jaxlm.rl.rolling import CompletionLog, Roller, mean, sampler_of
 from jaxlm.text import readers
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
@@ -288,10 +287,9 @@ def main(config: RLConfig) -> dict[str, Any]:
         directories = open_models(config)
         read_from = inputs(config)
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
-        shape, tokenizer = directories.policy.config, directories.policy.tokenizer()
+        shape = directories.policy.config
         template = directories.policy.chat_template()
-        # Nothing but the template's own stop tokens ends an answer: the reward model has seen no other end.
-        sampler = Sampler(shape, tokenizer, ends=template.stop_ids if template else ())
+        sampler = sampler_of(config, directories.policy)
         read = lambda split: prompts.read(
             [s for s in config.sources if s.split == split], template, sampler.encode, config.max_prompt_tokens
         )
