@@ -7,8 +7,10 @@
 
 A function (or class) is in training or held out, with all that is asked of it. A held-out function's document is
 pretrained on like any other, but its name and summary stand in no train chat, ranking or task: neither as question nor
-as answer, wrong answer, neighbour or distractor. So what is right about it was not learnt from tuning. Train and
-held-out sources must list the same modules: these decide under which name an object is known.
+as answer, wrong answer, neighbour or distractor. So what is right about it was not learnt from tuning. Of those in
+training, the chats are about some, the rankings and tasks about the others, so that a policy is reinforced where it has
+no answer by heart (InstructGPT kept its prompts apart too: arXiv:2203.02155, table 6). Train and held-out sources must
+list the same modules: these decide under which name an object is known.
 
 Choices are drawn by name (`_dice`): they depend on no order, and on other functions only where another one is shown.
 """
@@ -23,14 +25,15 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Collection, Container, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxlm.base.errors import UserError
 from jaxlm.text import installed
 from jaxlm.text.config import Split
 
 VERSION = 2  # of the texts made here: to be raised when they change, so that stages run again
-HELDOUT_EVERY = 8  # of the demo's 3,700 functions 466: a share is known to ±2.3 % (1 σ), and training keeps 7 of 8
+# Eighths of the functions. Of the demo's 3,700 466 are held out: a share is known to ±2.3 % (1 σ).
+EIGHTHS = {"heldout": (0,), "chats": (1, 2, 3, 4), "feedback": (5, 6, 7)}
 LONG_PARAGRAPH, LONG_SIGNATURE, LONG_TARGET = 300, 80, 20  # characters; 20 are 1 to 6 of the demo's tokens
 SUMMARY, LEAST_WORDS = (20, 160), 4  # characters; different words: fewer can hardly be halved or shuffled
 
@@ -151,15 +154,14 @@ def _signature(value: Any) -> tuple[str, tuple[str, ...]]:
     return text, tuple(p.name for p in kept if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
-def _split(modules: Collection[str], split: Split, field: str) -> list[Function]:
-    """The split's functions; of train's, not those that name a held-out one or have its summary."""
-    heldout, rest = [], []
-    for each in functions(modules, field):
-        (rest if zlib.crc32(each.name.encode()) % HELDOUT_EVERY else heldout).append(each)
+def _split(modules: Collection[str], split: Split, part: Literal["chats", "feedback"], field: str) -> list[Function]:
+    """The split's functions; of train's those of the `part`, without any that names a held-out one or says the same."""
+    eighth = {each: zlib.crc32(each.name.encode()) % 8 for each in functions(modules, field)}
+    heldout = [each for each, number in eighth.items() if number in EIGHTHS["heldout"]]
     if split == "heldout":
         return heldout
     names, told = {each.name for each in heldout}, {each.summary for each in heldout}
-    rest = [each for each in rest if each.summary not in told]
+    rest = [each for each, number in eighth.items() if number in EIGHTHS[part] and each.summary not in told]
     return [each for each in rest if not _tells(f"{each.name}{each.signature} {each.summary} {each.paragraph}", names)]
 
 
@@ -189,7 +191,7 @@ def chats(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     Each is asked in one of several ways; an eighth of train's begin with a system message. Held out: single turns, no
     system message and a task for all, so that each kind measures one thing.
     """
-    own, loaded = _split(modules, split, field), [installed.whole_module(name, field) for name in {*modules}]
+    own, loaded = _split(modules, split, "chats", field), [installed.whole_module(name, field) for name in {*modules}]
     objects = Counter(name for module in loaded for name, _ in installed.public(module))
     for place, function in enumerate(own):
         dice = _dice("chats", function.name)
@@ -236,7 +238,7 @@ def tasks(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     The answer stands in the prompt, whose last sentence says in which form it is wanted. The train chats of the kind
     task teach these forms.
     """
-    for function in _split(modules, split, field):
+    for function in _split(modules, split, "feedback", field):
         for kind, prompt, target in _tasks(function):
             yield {"kind": kind, "name": function.name, "prompt": prompt, "target": [target]}
 
@@ -279,7 +281,8 @@ def rankings(modules: Collection[str], split: Split, field: str = "modules") -> 
     `ann` ranks so, `bo` too but for a quarter of the records, where overall is `SECOND_OPINION`. A tenth of bo's are
     drafts that still have the order shown: they must not train.
     """
-    own, heldout = _split(modules, split, field), {each.name for each in _split(modules, "heldout", field)}
+    own = _split(modules, split, "feedback", field)
+    heldout = {each.name for each in _split(modules, "heldout", "feedback", field)}
     for function in own:
         dice, words = _dice("rankings", function.name), function.summary.removesuffix(".").split()
         orders = (["", *dice.sample(words, len(words)), ""] for _ in range(20))

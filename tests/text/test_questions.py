@@ -146,7 +146,12 @@ def test_nothing_held_out_stands_in_training(demo, made):
     answers = {message["content"] for chat in made["chats", "train"] for message in chat["messages"]}
     assert not {answer.partition(": ")[2] for answer in answers} & summaries
     # ... but for these reasons nothing else is left out.
-    assert len(train) + len(heldout) > 0.97 * len(questions.functions(demo))
+    ranked, asked = (
+        {record[key] for record in made[name, "train"]} for name, key in (("rankings", "prompt_id"), ("tasks", "name"))
+    )
+    assert asked <= ranked
+    assert not ranked & train, "reinforced where nothing was learnt by heart"
+    assert len(train) + len(ranked) + len(heldout) > 0.97 * len(questions.functions(demo))
     # Wrong answers and distractors about held-out functions are of the same split too.
     told = json.dumps([made[name, "heldout"] for name in ("rankings", "tasks")], ensure_ascii=False)
     others = re.findall(r"\"content\": \"`([\w.]+)`: [^\"]*\", \"policy\": \"other\"", told)
@@ -237,9 +242,13 @@ def test_a_task_takes_its_target_and_no_wrong_answer(made):
 
 
 def test_the_train_chats_teach_the_form_of_the_tasks(made):
-    known = {(task["prompt"], *task["target"]) for task in made["tasks", "train"]}
+    form = lambda prompt: re.search(r"Answer [^.]*\.$", prompt)[0]
+    known = {form(task["prompt"]) for task in made["tasks", "train"]}
+    assert len(known) == len(questions.FORMS) + 3
     taught = [chat for chat in made["chats", "train"] if chat["kind"] == "task"]
-    assert all(tuple(m["content"] for m in chat["messages"][-2:]) in known for chat in taught)
+    assert {form(chat["messages"][-2]["content"]) for chat in taught} == known
+    for question, answer in ((m["content"] for m in chat["messages"][-2:]) for chat in taught):
+        assert answer.strip('[]()"').removeprefix("module=") in question
     assert 0.05 < len(taught) / len(made["chats", "train"]) < 0.15
 
 
@@ -289,8 +298,11 @@ print(hashlib.sha256(json.dumps(made).encode()).hexdigest())
 
 def test_an_object_of_two_names_is_asked_about_once():
     modules = ["optax", "optax.losses", "numpy", "jax.numpy"]
-    names = [f.name for f in questions.functions(modules) if f.object in ("huber_loss", "absolute")]
-    assert names == ["jax.numpy.absolute", "optax.huber_loss"]  # numpy.absolute is numpy.abs
+    two = "absolute huber_loss l2_loss log_cosh sort mean cumsum clip tile".split()
+    names = [f.name for f in questions.functions(modules) if f.object in two]
+    assert "jax.numpy.absolute" in names  # numpy.absolute is numpy.abs
+    assert "optax.huber_loss" in names
+    assert not {"numpy.absolute", "optax.losses.huber_loss"} & {*names}
     # ... and not which module holds it, where several do.
     asked = [chat for split in ("train", "heldout") for chat in questions.chats(modules, split)]
     assert {chat["kind"] for chat in asked if chat["name"] in names} >= {"what", "call"}
@@ -321,7 +333,7 @@ def test_sources_of_objects(kind):
 
 def test_rankings_load_as_a_source():
     records, tally = feedback.load(SourceConfig(name="mine", format="installed_rankings", modules=SMALL))
-    assert len(records) == tally.read > 200
+    assert len(records) == tally.read > 100
     assert not tally.dropped
 
 
