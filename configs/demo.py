@@ -46,7 +46,7 @@ calendar difflib json shutil statistics textwrap urllib.parse numpy.lib.stride_t
 """.split()
 QUESTIONS = ("What does `os.path.join` do?", "What is `jax.numpy.mean` for?", "How is `textwrap.dedent` called?")
 GOLD = VerifierConfig(kind="function", function="jaxlm.text.questions:gold")
-Kind = Literal["installed_chats", "installed_rankings", "installed_tasks"]
+Kind = Literal["installed_chats", "installed_rankings", "installed_prompts", "installed_tasks"]
 
 
 def both(kind: Kind, source: type = ChatSource) -> tuple:
@@ -65,7 +65,17 @@ def pretraining() -> tuple:
         PackConfig(documents="@prepare", tokenizer="@tokenizer", row_length=256),
         PretrainConfig(
             data=(MixtureSource(path="@pack"),),
-            model=ModelConfig(layers=3, width=256, heads=4, qk_norm=True, scan_layers=False),
+            # A first layer that sees no further than the token before: so small a model learns in so few steps to say
+            # again what stands in the prompt (held out 1.98 instead of 2.01 bits a byte, names copied 58 % for 36 %).
+            model=ModelConfig(
+                layers=3,
+                width=256,
+                heads=4,
+                qk_norm=True,
+                pattern=("local", "global", "global"),
+                window=2,
+                scan_layers=False,
+            ),
             batch_rows=8,
             steps=440,
             optimizer=OptimizerConfig(kind="muon", embedding_rate=24.0),
@@ -93,7 +103,7 @@ def reinforcement() -> tuple:
     return (
         reinforced(
             "ppo",
-            "installed_rankings",
+            "installed_prompts",
             steps=20,
             reward_model="@reward",
             gold=GOLD,
@@ -142,10 +152,12 @@ def get_config() -> RunConfig:
                 sources=both("installed_rankings", RankingSource),
                 criteria=("overall", "helpful", "truthful"),
                 batch_rows=8,
-                steps=200,
+                steps=150,
+                # Comparisons leave a prompt's level open; left alone, levels spread further than answers do.
+                centring=0.02,
                 optimizer=OptimizerConfig(kind="muon", embedding_rate=24.0),
                 schedule=ScheduleConfig(kind="linear", peak=4e-3, warmup_steps=10, final_share=0.0),
-                loop=LoopConfig(evaluate_every_steps=100),
+                loop=LoopConfig(evaluate_every_steps=150),
             ),
             *reinforcement(),
             EvaluateConfig(

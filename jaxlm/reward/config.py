@@ -15,7 +15,7 @@ class RankingSource(SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         check(
-            self.format not in ("text", "markdown", "installed_docs", "installed_chats", "installed_tasks"),
+            self.format in ("auto", "jsonl", "parquet", "array_record", "tfds", "installed_rankings"),
             "format",
             f"got {self.format!r}; rankings are objects: jsonl, parquet, array_record or tfds is needed",
         )

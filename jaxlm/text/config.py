@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 from jaxlm.base.config import StageConfig, check
 from jaxlm.base.errors import ConfigError
 
-InstalledObjects = Literal["installed_chats", "installed_rankings", "installed_tasks"]
+InstalledObjects = Literal["installed_chats", "installed_rankings", "installed_prompts", "installed_tasks"]
 Format = Literal[
     "auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs", InstalledObjects
 ]

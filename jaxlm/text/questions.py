@@ -8,9 +8,9 @@
 A function (or class) is in training or held out, with all that is asked of it. A held-out function's document is
 pretrained on like any other, but its name and summary stand in no train chat, ranking or task: neither as question nor
 as answer, wrong answer, neighbour or distractor. So what is right about it was not learnt from tuning. Of those in
-training, the chats are about some, the rankings and tasks about the others, so that a policy is reinforced where it has
-no answer by heart (InstructGPT kept its prompts apart too: arXiv:2203.02155, table 6). Train and held-out sources must
-list the same modules: these decide under which name an object is known.
+training, the rankings are about all, the chats about some, the prompts and tasks about the others: a policy is
+reinforced where it has no answer by heart (InstructGPT kept its prompts apart too: arXiv:2203.02155, table 6). Train
+and held-out sources must list the same modules: these decide under which name an object is known.
 
 Choices are drawn by name (`_dice`): they depend on no order, and on other functions only where another one is shown.
 """
@@ -33,7 +33,7 @@ from jaxlm.text.config import Split
 
 VERSION = 2  # of the texts made here: to be raised when they change, so that stages run again
 # Eighths of the functions. Of the demo's 3,700 466 are held out: a share is known to ±2.3 % (1 σ).
-EIGHTHS = {"heldout": (0,), "chats": (1, 2, 3, 4), "feedback": (5, 6, 7)}
+EIGHTHS = {"heldout": (0,), "chats": (1, 2, 3, 4, 5), "prompts": (6, 7), "rankings": (1, 2, 3, 4, 5, 6, 7)}
 LONG_PARAGRAPH, LONG_SIGNATURE, LONG_TARGET = 300, 80, 20  # characters; 20 are 1 to 6 of the demo's tokens
 SUMMARY, LEAST_WORDS = (20, 160), 4  # characters; different words: fewer can hardly be halved or shuffled
 
@@ -154,7 +154,10 @@ def _signature(value: Any) -> tuple[str, tuple[str, ...]]:
     return text, tuple(p.name for p in kept if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
-def _split(modules: Collection[str], split: Split, part: Literal["chats", "feedback"], field: str) -> list[Function]:
+Part = Literal["chats", "prompts", "rankings"]
+
+
+def _split(modules: Collection[str], split: Split, part: Part, field: str) -> list[Function]:
     """The split's functions; of train's those of the `part`, without any that names a held-out one or says the same."""
     eighth = {each: zlib.crc32(each.name.encode()) % 8 for each in functions(modules, field)}
     heldout = [each for each, number in eighth.items() if number in EIGHTHS["heldout"]]
@@ -225,6 +228,12 @@ def _messages(turns: Sequence[tuple[str, ...]], system: str = "") -> list[dict[s
     return [{"role": role, "content": text} for role, text in [("system", system)] * bool(system) + said]
 
 
+def prompts(modules: Collection[str], split: Split, field: str = "modules") -> Iterator[dict[str, Any]]:
+    """{"name", "prompt"}: "What does `textwrap.dedent` do?", to be answered by a policy, asked as `rankings` ask it."""
+    for function in _split(modules, split, "prompts", field):
+        yield {"name": function.name, "prompt": _dice("prompts", function.name).choice(WHAT).format(function.name)}
+
+
 def tasks(modules: Collection[str], split: Split, field: str = "modules") -> Iterator[dict[str, Any]]:
     """{"kind", "name", "prompt", "target": [text]}: open-book questions, for the verifier exact.
 
@@ -238,7 +247,7 @@ def tasks(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     The answer stands in the prompt, whose last sentence says in which form it is wanted. The train chats of the kind
     task teach these forms.
     """
-    for function in _split(modules, split, "feedback", field):
+    for function in _split(modules, split, "prompts", field):
         for kind, prompt, target in _tasks(function):
             yield {"kind": kind, "name": function.name, "prompt": prompt, "target": [target]}
 
@@ -281,8 +290,8 @@ def rankings(modules: Collection[str], split: Split, field: str = "modules") -> 
     `ann` ranks so, `bo` too but for a quarter of the records, where overall is `SECOND_OPINION`. A tenth of bo's are
     drafts that still have the order shown: they must not train.
     """
-    own = _split(modules, split, "feedback", field)
-    heldout = {each.name for each in _split(modules, "heldout", "feedback", field)}
+    own = _split(modules, split, "rankings", field)
+    heldout = {each.name for each in _split(modules, "heldout", "rankings", field)}
     for function in own:
         dice, words = _dice("rankings", function.name), function.summary.removesuffix(".").split()
         orders = (["", *dice.sample(words, len(words)), ""] for _ in range(20))

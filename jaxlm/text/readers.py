@@ -28,6 +28,7 @@ BROKEN_UTF8 = Reason("broken_utf8", bad=True)
 INSTALLED_OBJECTS = {
     "installed_chats": questions.chats,
     "installed_rankings": questions.rankings,
+    "installed_prompts": questions.prompts,
     "installed_tasks": questions.tasks,
 }
 ENDINGS = {

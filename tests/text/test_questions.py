@@ -29,7 +29,7 @@ SMALL = (
     "optax",
     "optax.losses",
 )
-GENERATORS = {"chats": questions.chats, "rankings": questions.rankings, "tasks": questions.tasks}
+GENERATORS = {name: getattr(questions, name) for name in ("chats", "rankings", "prompts", "tasks")}
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +146,12 @@ def test_nothing_held_out_stands_in_training(demo, made):
     answers = {message["content"] for chat in made["chats", "train"] for message in chat["messages"]}
     assert not {answer.partition(": ")[2] for answer in answers} & summaries
     # ... but for these reasons nothing else is left out.
-    ranked, asked = (
-        {record[key] for record in made[name, "train"]} for name, key in (("rankings", "prompt_id"), ("tasks", "name"))
-    )
-    assert asked <= ranked
-    assert not ranked & train, "reinforced where nothing was learnt by heart"
-    assert len(train) + len(ranked) + len(heldout) > 0.97 * len(questions.functions(demo))
+    ranked = {record["prompt_id"] for record in made["rankings", "train"]}
+    asked, tried = ({record["name"] for record in made[name, "train"]} for name in ("prompts", "tasks"))
+    assert tried <= asked
+    assert not asked & train, "reinforced where nothing was learnt by heart"
+    assert asked | train == ranked
+    assert len(ranked) + len(heldout) > 0.97 * len(questions.functions(demo))
     # Wrong answers and distractors about held-out functions are of the same split too.
     told = json.dumps([made[name, "heldout"] for name in ("rankings", "tasks")], ensure_ascii=False)
     others = re.findall(r"\"content\": \"`([\w.]+)`: [^\"]*\", \"policy\": \"other\"", told)
@@ -309,7 +309,7 @@ def test_an_object_of_two_names_is_asked_about_once():
     assert not [chat for chat in asked if chat["name"] in names and chat["kind"] == "module"]
 
 
-@pytest.mark.parametrize("kind", ["installed_chats", "installed_rankings", "installed_tasks"])
+@pytest.mark.parametrize("kind", [f"installed_{name}" for name in GENERATORS])
 def test_sources_of_objects(kind):
     source = SourceConfig(name="mine", format=kind, modules=SMALL, split="heldout")
     make = GENERATORS[kind.removeprefix("installed_")]
