@@ -23,7 +23,8 @@ class SourceConfig:
     """A file, a glob or a folder, local or remote; for tfds the dataset, such as wikipedia/20230601.en."""
     format: Format = "auto"
     """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects). installed_…
-    read `modules`: their documentation, or chats, rankings and tasks about it, whose split divides the functions."""
+    read `modules`: their documentation, or chats, rankings, prompts and tasks about it, whose split divides the
+    functions."""
     split: Split = "train"
     """heldout is kept out of training: train documents that overlap with it are dropped."""
     text_field: str = "text"

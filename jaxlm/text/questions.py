@@ -61,7 +61,7 @@ TIERS = {
 SECOND_OPINION = (("real",), ("invented",), ("truncated",), ("other",), ("shuffled",))
 INVENTED = ("get_{}", "make_{}", "to_{}", "fast_{}", "{}_all", "{}_like", "{}_from", "{}s", "{}2")
 SPLICED = 2 / 3  # of invented names: so small models go wrong, beginning a name and losing it
-TASKS_TAUGHT = 1 / 4  # of the functions: reinforcement is to find something to do
+TASKS_TAUGHT = 1 / 2  # of the functions: enough to learn the forms, and not to be always right
 
 _NO_PROSE = re.compile(r">>>|--|==|::|\.\. |\\|~~|\*\*\*| \| | -> |://")
 _END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\betc)(?<!\bcf)\.(?=\s+[^a-z]|\s*$)")
@@ -188,7 +188,7 @@ def chats(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     | what | What does `textwrap.dedent` do? | `textwrap.dedent`: Remove any … in `text`. | all |
     | call | How is `textwrap.dedent` called? | `textwrap.dedent(text)`. | those with a signature |
     | module | Which module holds `dedent`? | `textwrap`. | those whose object has no namesake |
-    | task | one of `tasks` | its target | a quarter |
+    | task | one of `tasks` | its target | half |
     | turns | 2 or 3 of the first three, about one function or two | | a quarter |
 
     Each is asked in one of several ways; an eighth of train's begin with a system message. Held out: single turns, no
