@@ -18,12 +18,12 @@ from jaxlm.reward import losses
 def rewards(
     definition: Definition, params: Params, ids: Int[jax.Array, "B S"], lengths: Int[jax.Array, "B"]
 ) -> Float32[jax.Array, "B C"]:
-    """Scores of right-padded conversations, read at each one's last real token."""
+    """Scores of right-padded conversations, read at each one's last real token; whole on every device."""
     places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     segments = (places < lengths[:, None]).astype(jnp.int32)
     hidden = apply(definition, params, lambda model: model(ids, segments, places)[0])
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return apply(definition, params, lambda model: model.scores(last))
+    return sharding.constrain(apply(definition, params, lambda model: model.scores(last)), None, None)
 
 
 def mean_rewards(

@@ -158,7 +158,7 @@ def write(
             raise Refused(f"{folder}: is not written; not finite: {', '.join(wrong[:8])}")
         if writes:
             files.write_bytes(folder / "params" / file, safetensors.numpy.save(tensors, {"format": "np"}))
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
     if not writes:
         return None
     size = 4 * definition.parameter_count()
