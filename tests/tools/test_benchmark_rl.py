@@ -116,7 +116,7 @@ def test_as_a_command(tool, small, monkeypatch, capsys):
     monkeypatch.setattr(tool, "demo", lambda: (SHAPE, list(small.values())))
     monkeypatch.setattr(tool, "measure", lambda _, config, sizes, repeats, mesh: {n: made_up(tool, n) for n in sizes})
     monkeypatch.setattr(command, "product_rate", lambda dtype: 1.0)
-    assert command.main(["rl", "--answers=32,8", "--repeats=1"]) == 0
+    assert command.main(["rl", "--answers=32,16", "--repeats=1"]) == 0
     shown = capsys.readouterr().out
     assert shown.index("ppo: 0.1 M parameters") < shown.index("grpo: 0.1 M parameters")
     assert shown.index(" 8 answers") < shown.index(" 32 answers")
