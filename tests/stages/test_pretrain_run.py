@@ -47,6 +47,7 @@ def lines(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_stops_when_the_error_has_stopped_falling_and_stays_stopped(config):
     # "Falling" is asked to mean 90 % a look: the third evaluation ends it.
     plateau = PlateauConfig(evaluations=2, least_improvement=0.9)

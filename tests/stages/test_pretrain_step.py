@@ -108,6 +108,7 @@ def test_remat_changes_nothing(remat, one_device):
     close([h["train/gradient_norm"] for h in history], [h["train/gradient_norm"] for h in one_device[1]])
 
 
+@pytest.mark.slow
 def test_unrolled_equals_scanned(one_device):
     state, history = run(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, scan_layers=False)))
     close([h["train/loss"] for h in history], [h["train/loss"] for h in one_device[1]])
@@ -122,7 +123,7 @@ def test_optimizer_state_is_sharded_like_the_weights():
     assert weight.addressable_shards[0].data.size == weight.size // 8
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_overfits_one_batch(kind):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(kind=kind, weight_decay=0.0), steps=1000)
     _, history = run(config, steps=80, batches=lambda step: rows(0))
@@ -167,6 +168,7 @@ def test_an_empty_batch_trains_on_nothing():
     close(state.params, before.params, 0)
 
 
+@pytest.mark.slow
 def test_gradient_equals_finite_differences():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -114,6 +114,7 @@ def test_a_scorer_is_learnt_and_its_opposite_beside_it(config):
     assert (np.diff(found[:, 1]) < 0).all(), found
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_reference_answers_is_0_after_reading_back(config):
     config = dataclasses.replace(config, steps=20, reference_policy="poor", reference_answers=100)
     reward.main(config)

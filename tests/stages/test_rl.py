@@ -400,6 +400,7 @@ def test_stopped_and_gone_on_is_never_stopped(config, folders, kind):
     np.testing.assert_array_equal(stored["head"], arrays_of(whole.workdir, 4)["policy/params/head"])
 
 
+@pytest.mark.slow
 def test_a_budget_of_kl_ends_a_run_for_good_killed_or_not(config, tmp_path):
     config = with_grpo(config, reward_model="", verifiers=(by(share_of_letters),), gold=by(almost_right), passes=1)
     # The average hardly moves: what is evaluated and written is the reference still, and the policy itself is not.

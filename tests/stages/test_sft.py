@@ -182,6 +182,7 @@ def test_stopped_and_gone_on_is_never_stopped(config):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_pretraining_rows_are_mixed_in_and_general_chats_are_measured(config, packed_rows, tmp_path):
     general = ChatSource(name="g", path=written(tmp_path / "g.jsonl", [chat("pig", 2)]), split="heldout", general=True)
     mixed = dataclasses.replace(

@@ -37,7 +37,9 @@ def small(tool):
     """Name → the demo's stage, with little to say."""
     shape, stages = tool.demo()
     assert (shape.vocab_size, [config.name for config in stages]) == (4096, ["ppo", "grpo"])
-    return {config.name: dataclasses.replace(config, max_prompt_tokens=16, max_tokens=16) for config in stages}
+    sizes = {"ppo": dict(prompts=32, samples=1), "grpo": dict(prompts=4, samples=8)}
+    short = dict(max_prompt_tokens=16, max_tokens=16, minibatch_answers=32)
+    return {config.name: dataclasses.replace(config, **short, **sizes[config.name]) for config in stages}
 
 
 def one_device():
@@ -48,7 +50,8 @@ def length(prompt: str, answer: str) -> float:
     return len(answer) / 16
 
 
-@pytest.mark.parametrize("name", [pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_parts_of_an_iteration(tool, small, tmp_path, name):
     config = tool.write_inputs(tmp_path, SHAPE, small[name], 16)
     if name == "grpo":
@@ -116,7 +119,7 @@ def test_as_a_command(tool, small, monkeypatch, capsys):
     monkeypatch.setattr(tool, "demo", lambda: (SHAPE, list(small.values())))
     monkeypatch.setattr(tool, "measure", lambda _, config, sizes, repeats, mesh: {n: made_up(tool, n) for n in sizes})
     monkeypatch.setattr(command, "product_rate", lambda dtype: 1.0)
-    assert command.main(["rl", "--answers=32,16", "--repeats=1"]) == 0
+    assert command.main(["rl", "--answers=32,8", "--repeats=1"]) == 0
     shown = capsys.readouterr().out
     assert shown.index("ppo: 0.1 M parameters") < shown.index("grpo: 0.1 M parameters")
     assert shown.index(" 8 answers") < shown.index(" 32 answers")
