@@ -24,7 +24,8 @@ re shutil socket sqlite3 string subprocess tarfile threading typing unittest zip
 
 def get_config() -> SFTConfig:
     def chats(name: str, modules: Sequence[str], **fields) -> ChatSource:
-        return ChatSource(name=name, format="installed_chats", modules=tuple(modules), **fields)
+        path = "jaxlm.demo.questions:chats"
+        return ChatSource(name=name, format="python", path=path, modules=tuple(modules), **fields)
 
     return SFTConfig(
         model="runs/demo/sft",

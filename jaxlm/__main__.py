@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.base import config as configs
-from jaxlm.base.errors import JaxlmError, UserError, nearest
+from jaxlm.base import config_files
+from jaxlm.base.errors import JaxlmError, UserError, nearest, out_of_room
 
 
 class Stage(NamedTuple):
@@ -33,15 +34,23 @@ STAGES = {
     "sft": Stage("jaxlm.stages.sft", "jaxlm.stages.config:SFTConfig", "base model + chats → assistant"),
     "reward": Stage("jaxlm.stages.reward", "jaxlm.reward.config:RewardConfig", "assistant + rankings → reward model"),
     "rl": Stage("jaxlm.stages.rl", "jaxlm.rl.config:RLConfig", "assistant + rewards → policy"),
+    "preference": Stage(
+        "jaxlm.stages.preference", "jaxlm.preference.config:PreferenceConfig", "assistant + rankings → policy"
+    ),
     "sample": Stage("jaxlm.stages.sample", "jaxlm.sample.config:SampleConfig", "model + prompts → completions"),
+    "select": Stage("jaxlm.stages.select", "jaxlm.rl.config:SelectConfig", "completions + rewards → the best as chats"),
     "chat": Stage("jaxlm.stages.chat", "jaxlm.sample.config:ChatConfig", "a conversation with a model", "model"),
     "evaluate": Stage("jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts → bits per byte"),
+    "import": Stage(
+        "jaxlm.stages.import_", "jaxlm.hub.config:ImportConfig", "Hugging Face directory → model", "source"
+    ),
+    "export": Stage("jaxlm.stages.export", "jaxlm.hub.config:ExportConfig", "model → Hugging Face directory", "model"),
     "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
 }
 
 # Stages that use devices, and those of them that several processes can run together.
-ON_DEVICES = ("pretrain", "sft", "reward", "rl", "sample", "chat", "evaluate", "run")
-PARALLEL = ("pretrain", "sft", "reward", "rl")
+ON_DEVICES = ("pretrain", "sft", "reward", "rl", "preference", "sample", "chat", "evaluate", "import", "export", "run")
+PARALLEL = ("pretrain", "sft", "reward", "rl", "preference")
 
 USAGE = """\
 python -m jaxlm STAGE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
@@ -81,8 +90,13 @@ def parse_arguments(name: str, arguments: list[str]) -> tuple[str, str, dict[str
 
     overrides: dict[str, str] = {}
     rest = []
+    fields = configs.field_types(config_class(name))
     for argument in arguments:
         bare = argument.lstrip("-")
+        # A stage that needs no config file takes its own fields as flags.
+        field = bare.partition("=")[0]
+        if argument.startswith("--") and STAGES[name].argument and field != "workdir" and field in fields:
+            bare = f"config.{bare}"
         if argument.startswith("-") and bare.startswith("config."):
             field, equals, value = bare.removeprefix("config.").partition("=")
             if not equals:
@@ -113,7 +127,7 @@ def make_config(name: str, path: str, workdir: str, overrides: dict[str, str]) -
     """The stage's final config: file, overrides, checks. Without a file: the defaults."""
     cls = config_class(name)
     argument = STAGES[name].argument
-    config = configs.load_config_file(path) if path else cls(**{argument: overrides.get(argument, "")})
+    config = config_files.load_config_file(path) if path else cls(**{argument: overrides.get(argument, "")})
     if "://" in workdir:
         raise UserError(
             f"--workdir: {workdir} is no folder of a file system, and metrics and logs are appended to files, which "
@@ -190,7 +204,47 @@ def run(name: str, config: configs.StageConfig) -> None:
             prepare_workdir(config)
             refuse_other_inputs(name, config)
         logging.start(config.workdir)
-    load_stage(name).main(config)
+    perform(config)
+
+
+def perform(config: configs.StageConfig) -> Any:
+    """A stage's `main`, and its folder's report.html, also of a run that was stopped or failed."""
+    try:
+        return load_stage(config.stage).main(config)
+    except Exception as error:
+        if config.stage in PARALLEL and "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]:
+            raise UserError(out_of_memory(config, error)) from error
+        raise
+    finally:
+        if config.workdir and config.stage != "chat":
+            report(config.workdir)
+
+
+def out_of_memory(config: configs.StageConfig, error: Exception) -> str:
+    """What to do about a device's full memory: what needs how much, and what would fit."""
+    from jaxlm.base.logging import logger
+    from jaxlm.plan.memory import explain
+
+    logger.info("out of memory; looking for what would fit ...")
+    try:
+        return explain(load_stage(config.stage), config, error)
+    except Exception as problem:  # of the explanation, which is none of the user's
+        logger.warning("the memory could not be taken apart: %s: %s", type(problem).__name__, problem)
+        return out_of_room(error)
+
+
+def report(workdir: str) -> None:
+    """Writes WORKDIR/report.html, by the first process; a page that cannot be made is no reason to fail."""
+    from jaxlm.base import logging
+    from jaxlm.report import page
+
+    jax = sys.modules.get("jax")  # never asked for its index alone: that would start the devices
+    if jax is not None and jax.distributed.is_initialized() and jax.process_index() != 0:
+        return
+    try:
+        page.write(workdir, config_class)
+    except Exception as error:
+        logging.logger.warning("%s/report.html could not be made: %s: %s", workdir, type(error).__name__, error)
 
 
 def refuse_other_inputs(name: str, config: configs.StageConfig) -> None:
@@ -231,7 +285,10 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception:
+    except Exception as error:
+        if advice := out_of_room(error):
+            print(f"jaxlm: {advice}", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
 

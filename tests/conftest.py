@@ -20,16 +20,18 @@ from jaxlm.base import devices, logging
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Whole runs compile the same step again and again; one folder for this process and its children, gone with it.
+# Whole runs compile the same step again and again; one folder for this process and its children, gone with it. CI names
+# one that its later steps find again, a folder in it for each worker: two would read each other's half-written files.
 _cache = tempfile.TemporaryDirectory(prefix="jaxlm-test-cache-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+_kept = os.path.join(os.environ.get("JAXLM_TEST_CACHE", _cache.name), os.environ.get("PYTEST_XDIST_WORKER", "main"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _kept)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 devices.start()  # as the command line does: eight devices on two cores need it
 
 # Shapes in signatures hold at run time in everything that computes.
 jaxtyping.install_import_hook(
-    ["jaxlm.model", "jaxlm.train", "jaxlm.sample", "jaxlm.reward", "jaxlm.rl"], "beartype.beartype"
+    ["jaxlm.model", "jaxlm.train", "jaxlm.sample", "jaxlm.reward", "jaxlm.preference", "jaxlm.rl"], "beartype.beartype"
 )
 
 # Warnings are errors; the exceptions, each with its library, version and reason.
@@ -47,6 +49,18 @@ def pytest_sessionfinish(session, exitstatus):
     if os.environ.get("JAXLM_ALL_INSTALLED") and skipped > MOST_SKIPPED:
         reporter.write_line(f"{skipped} tests were skipped, {MOST_SKIPPED} may be (tests/conftest.py)", red=True)
         session.exitstatus = 1
+
+
+def pytest_collection_modifyitems(items):
+    """Groups, of which `-n 2 --dist loadgroup` runs one test at a time.
+
+    Tests with processes of their own wait for each other's ports and cores; two processes can't load the TPU compiler.
+    """
+    for item in items:
+        if "runner" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+        elif item.get_closest_marker("tpu_compiler"):
+            item.add_marker(pytest.mark.xdist_group("tpu_compiler"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ LEVELS = [
     ["text", "tokenizer", "model"],
     ["data", "train"],
     ["sample", "feedback", "reward"],
-    ["rl", "evaluate", "hub", "serve", "plan"],
+    ["preference", "rl", "evaluate", "hub", "serve", "plan", "report", "replay", "demo"],
     ["stages"],
 ]
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}

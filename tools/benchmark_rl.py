@@ -37,7 +37,8 @@ import rich.table
 from jax.sharding import Mesh
 
 from jaxlm.base import sharding
-from jaxlm.base.config import StageConfig, load_config_file
+from jaxlm.base.config import StageConfig
+from jaxlm.base.config_files import load_config_file
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.logging import progress
 from jaxlm.data.config import ChatSource

@@ -1,4 +1,4 @@
-"""What TRL computes at step 0 on tiny weights: SFT, pair reward, DPO. jaxlm is held to it by its test.
+"""What TRL computes at step 0 on tiny weights: SFT, pair reward, and preferences. jaxlm is held to it by its test.
 
     python3 -m venv ../trl-env
     ../trl-env/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0    # torch: its CPU build is enough
@@ -29,6 +29,7 @@ V, L, D, H, K, N, F = 64, 2, 32, 4, 2, 12, 48
 EPSILON, ROPE_BASE = 1e-2, 5000.0
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
 BETA, CENTRING = 0.1, 0.05
+UNDESIRABLE, ODDS_WEIGHT, SIMPO_BETA, SIMPO_MARGIN = 1.25, 0.5, 2.0, 0.75
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -86,6 +87,9 @@ def pair(number: int, prompt: int, chosen: int, rejected: int, margin: float) ->
 # Of unequal lengths: a mean of means, over chats or over batches, would differ from the mean over targets.
 CHATS = [chat(n, turns) for n, turns in enumerate([[4, 3], [2, 9], [5, 1, 3, 6], [7, 2], [1, 4, 2, 2, 3, 5]])]
 PAIRS = [pair(0, 4, 6, 3, 0.5), pair(1, 7, 2, 9, 0.0), pair(2, 3, 5, 5, 1.25), pair(3, 5, 1, 4, -0.25)]
+# TRL's ORPO takes the chosen answers' cross-entropy over the prompt too, and over all tokens of a batch alike; jaxlm
+# over the answers, each by its mean. With nothing but BOS in front and one length these are the same.
+EVEN_PAIRS = [pair(10 + n, 0, 5, rejected, 0.0) for n, rejected in enumerate([3, 7, 5, 2])]
 
 OURS = {
     "embed_tokens": "embedding",
@@ -196,6 +200,7 @@ def stepped(trainer) -> dict[str, float]:
         "gradient_norm": "grad_norm",
         "mean chosen": "logps/chosen",
         "mean rejected": "logps/rejected",
+        "kl": "kl",
     }
     return {ours: logged[theirs] for ours, theirs in names.items() if theirs in logged}
 
@@ -233,24 +238,29 @@ def reward(folder: str, margins: bool, centring: float | None) -> dict[str, floa
     return stepped(trainer)
 
 
-def dpo(folder: str) -> dict[str, float | list[float]]:
+def texts(pairs: list[Pair]) -> list[dict[str, str]]:
+    return [
+        {"prompt": text(one.prompt), "chosen": f" {text(one.chosen)}", "rejected": f" {text(one.rejected)}"}
+        for one in pairs
+    ]
+
+
+def dpo(folder: str, loss: str = "sigmoid") -> dict[str, float | list[float]]:
     import datasets
     import transformers
     import trl
 
-    rows = [
-        {"prompt": text(one.prompt), "chosen": f" {text(one.chosen)}", "rejected": f" {text(one.rejected)}"}
-        for one in PAIRS
-    ]
     trainer = trl.DPOTrainer(
         filled(transformers.Qwen3ForCausalLM, "policy"),
         ref_model=filled(transformers.Qwen3ForCausalLM, "reference"),
-        args=arguments(trl.DPOConfig, folder, len(PAIRS), beta=BETA),
-        train_dataset=datasets.Dataset.from_list(rows),
+        args=arguments(trl.DPOConfig, folder, len(PAIRS), beta=BETA, loss_type=[loss]),
+        train_dataset=datasets.Dataset.from_list(texts(PAIRS)),
         processing_class=tokenizer(),
     )
     for row, one in zip(trainer.train_dataset, PAIRS, strict=True):
         assert [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] == [one.prompt, one.chosen, one.rejected]
+    if loss != "sigmoid":
+        return stepped(trainer)
     batch = trainer.data_collator(list(trainer.train_dataset))
     found = {}
     for model, module in (("policy", trainer.model), ("reference", trainer.ref_model)):
@@ -259,8 +269,67 @@ def dpo(folder: str) -> dict[str, float | list[float]]:
     return stepped(trainer) | found
 
 
+def kto(folder: str, policy: str, reference: str) -> dict[str, float]:
+    """All chosen answers, then all rejected ones: each prompt's mismatched answers are those of the pair before it.
+
+    Of two sets of weights in both roles: the estimated KL is below 0 in one of them, which counts as 0.
+    """
+    import datasets
+    import transformers
+    import trl
+
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for side in ("chosen", "rejected")
+        for row in texts(PAIRS)
+    ]
+    more = dict(beta=BETA, undesirable_weight=UNDESIRABLE)
+    trainer = trl.KTOTrainer(
+        filled(transformers.Qwen3ForCausalLM, policy),
+        ref_model=filled(transformers.Qwen3ForCausalLM, reference),
+        args=arguments(trl.KTOConfig, folder, len(rows), **more),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    answers = [one.chosen for one in PAIRS] + [one.rejected for one in PAIRS]
+    for number, row in enumerate(trainer.train_dataset):
+        wanted = [PAIRS[number % len(PAIRS)].prompt, answers[number], answers[number - 1]]
+        assert [row["prompt_ids"], row["completion_ids"], row["KL_completion_ids"]] == wanted
+    return stepped(trainer)
+
+
+def without_reference(trainer, config, folder: str, pairs: list[Pair], **more) -> dict[str, float]:
+    import datasets
+    import transformers
+
+    made = trainer(
+        filled(transformers.Qwen3ForCausalLM, "policy"),
+        args=arguments(config, folder, len(pairs), **more),
+        train_dataset=datasets.Dataset.from_list(texts(pairs)),
+        processing_class=tokenizer(),
+    )
+    for row, one in zip(made.train_dataset, pairs, strict=True):
+        assert row["chosen_input_ids"] == one.prompt + one.chosen
+        assert row["rejected_input_ids"] == one.prompt + one.rejected
+    return stepped(made)
+
+
+def orpo(folder: str) -> dict[str, float]:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return without_reference(ORPOTrainer, ORPOConfig, folder, EVEN_PAIRS, beta=ODDS_WEIGHT)
+
+
+def simpo(folder: str) -> dict[str, float]:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    more = dict(loss_type="simpo", cpo_alpha=0.0, beta=SIMPO_BETA, simpo_gamma=SIMPO_MARGIN)
+    return without_reference(CPOTrainer, CPOConfig, folder, PAIRS, **more)
+
+
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is read from there
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO and SimPO live there
     with tempfile.TemporaryDirectory() as folder:
         results = {
             "sft": sft(folder, 1),
@@ -269,6 +338,12 @@ def main() -> None:
             "reward margin": reward(folder, True, None),
             "reward centring": reward(folder, False, CENTRING),
             "dpo": dpo(folder),
+            "ipo": dpo(folder, "ipo"),
+            "dpo normalised": dpo(folder, "sigmoid_norm"),
+            "kto": kto(folder, "policy", "reference"),
+            "kto turned": kto(folder, "reference", "policy"),
+            "orpo": orpo(folder),
+            "simpo": simpo(folder),
         }
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "numpy")}
     print(json.dumps({"versions": versions} | results))

@@ -19,16 +19,13 @@ import functools
 import inspect
 import json
 import math
-import pathlib
-import runpy
 import textwrap
-import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
-from jaxlm.base.errors import ConfigError, UserError, nearest
+from jaxlm.base.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -86,33 +83,6 @@ def check(holds: bool, field: str, problem: str) -> None:
     """Raises `ConfigError(field, problem)` unless `holds`."""
     if not holds:
         raise ConfigError(field, problem)
-
-
-def load_config_file(path: str) -> Any:
-    """Runs a config file and returns what its `get_config()` gives."""
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--config: no such file: {path}")
-    try:
-        namespace = runpy.run_path(path)
-        if "get_config" not in namespace:
-            raise UserError(f"{path}: has no function get_config(); a config file must define one")
-        config = namespace["get_config"]()
-    except UserError as error:
-        if isinstance(error, ConfigError):
-            raise UserError(f"{path}:{_line_in(path, error)}: {error}") from error
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
-        raise UserError(f"{path}:{_line_in(path, error)}: {type(error).__name__}: {error}") from error
-    if not dataclasses.is_dataclass(config):
-        raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a config")
-    return config
-
-
-def _line_in(path: str, error: BaseException) -> int:
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path and f.lineno]
-    return lines[-1] if lines else 1
 
 
 def override(config: Any, values: Mapping[str, str]) -> Any:
@@ -245,9 +215,7 @@ def check_types(config: Any) -> None:
     """Refuses values in a config file that do not have their field's type (Python itself would not mind)."""
     for name, hint in field_types(type(config)).items():
         value = getattr(config, name)
-        if not _fits(value, hint):
-            expected = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-            raise ConfigError(name, f"got {value!r} ({type(value).__name__}); {expected} is needed")
+        _require_type(value, hint, name)
         try:
             if dataclasses.is_dataclass(value):
                 check_types(value)
@@ -257,6 +225,12 @@ def check_types(config: Any) -> None:
                         _check_item(item, index)
         except ConfigError as error:
             raise error.within(name) from None
+
+
+def _require_type(value: Any, hint: Any, path: str) -> None:
+    if not _fits(value, hint):
+        expected = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+        raise ConfigError(path, f"got {value!r} ({type(value).__name__}); {expected} is needed")
 
 
 def _check_item(item: Any, index: int) -> None:
@@ -303,10 +277,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if name not in hints:
             raise ConfigError(f"{dotted}{name}", "no such field" + nearest(name, hints))
         new[name] = _from_json(value, hints[name], f"{dotted}{name}")
+        _require_type(new[name], hints[name], f"{dotted}{name}")
     try:
-        made = cls(**new)
-        check_types(made)
-        return made
+        return cls(**new)
     except ConfigError as error:
         raise (error.within(path) if path else error) from None
     except TypeError as error:

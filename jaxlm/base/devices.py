@@ -3,6 +3,9 @@
 import glob
 import importlib.util
 import os
+import pathlib
+import platform
+import zlib
 
 from jaxlm.base.errors import UserError
 
@@ -40,11 +43,31 @@ def distributed() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def start() -> None:
-    """Joins the other processes, if there are any.
+def keep_compiled() -> None:
+    """Programs that took a second or more to compile are kept for the next start: in JAX_COMPILATION_CACHE_DIR, else in
+    the user's cache folder, apart for each kind of CPU: a program of another one may not run here."""
+    import jax
 
-    On Cloud TPU the addresses come from the machine; elsewhere from JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(root / "jaxlm" / "compiled" / _cpu()))
+
+
+def _cpu() -> str:
+    """A name for the CPU's instruction set."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
+
+
+def start() -> None:
+    """Makes the devices ready for use: simulated ones, compiled programs of before, the other processes.
+
+    Raises UserError where jax finds no device of the kind that is asked for.
     """
     import jax
 
@@ -57,6 +80,24 @@ def start() -> None:
         if SEQUENTIAL not in os.environ["XLA_FLAGS"]:
             os.environ["XLA_FLAGS"] += f" {SEQUENTIAL}"
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    keep_compiled()
+    join()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of a platform that no installed plugin knows
+        wanted = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
+        problem = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UserError(f"{wanted}jax finds no device{problem}; unset it, or install jaxlm[cuda] or [tpu]") from None
+
+
+def join() -> None:
+    """Joins the other processes, if there are any.
+
+    On Cloud TPU the addresses come from the machine; elsewhere from JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    import jax
+
     if not distributed():
         return
     if "JAX_NUM_PROCESSES" not in os.environ:

@@ -5,6 +5,7 @@ mistake would only be made again.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_USER = 2
@@ -56,3 +57,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "; known here: " + ", ".join(known)
+
+
+def out_of_room(error: BaseException) -> str:
+    """What to do about an error that says that memory or disk is full; empty for others.
+
+    XLA's errors are told by their text: RESOURCE_EXHAUSTED is what a device says, and the compiler for it.
+    """
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
+        mend = "a smaller batch_rows, a larger accumulate, model.remat=full or a mesh of more devices needs less"
+        return f"out of memory: {first or 'of the host'}; {mend}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the disk'}: {error.strerror}; make room, and start the same command again"
+    return ""

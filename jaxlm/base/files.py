@@ -50,7 +50,9 @@ def sha256(path: epath.PathLike) -> str:
 
 def hash_json(value: Any) -> str:
     """A sha256 of JSON values that does not depend on the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+    ).hexdigest()
 
 
 def expand(pattern: str, field: str) -> list[epath.Path]:

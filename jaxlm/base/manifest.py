@@ -14,6 +14,8 @@ import importlib.metadata
 import platform
 import subprocess
 import time
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
         raise UserError(f"{where}: {state}; run the stage that makes it" + (f" ({kind})" if kind else ""))
     values = files.read_json(folder / "manifest.json")
     known = {f.name for f in dataclasses.fields(Manifest)}
-    if not isinstance(values, dict) or not known <= set(values):
+    if not isinstance(values, dict) or not known <= set(values) or not has_types(Manifest, values):
         raise UserError(f"{where}/manifest.json: is not a jaxlm manifest")
     if values["format_version"] > FORMAT_VERSION:
         raise UserError(
@@ -99,6 +101,17 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
     if kind is not None and values["kind"] != kind:
         raise UserError(f"{where}: holds {values['kind']}, but {kind} is needed here")
     return Manifest(**{name: values[name] for name in known})
+
+
+def add_facts(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
+    """Puts facts into a finished artifact's manifest, in place of those of the same names.
+
+    All else stays as it is, the hash too, which facts are no part of: what was made from the artifact still fits.
+    """
+    read(folder)  # refuses what is no manifest
+    path = epath.Path(folder) / "manifest.json"
+    values = files.read_json(path)
+    files.write_json(path, values | {"facts": values["facts"] | dict(facts)})
 
 
 def keep_inputs(folder: epath.PathLike, inputs: Mapping[str, str]) -> None:
@@ -131,10 +144,18 @@ def verify(folder: epath.PathLike, manifest: Manifest) -> None:
         path = inside(folder, name)
         if not path.exists():
             raise UserError(f"{path}: is missing, though {folder}/manifest.json lists it")
-        if path.stat().length != entry["bytes"] or files.sha256(path) != entry["sha256"]:
+        if path.stat().length != entry["bytes"] or files.sha256(path) != entry.get("sha256"):
             raise UserError(
                 f"{path}: its content differs from the manifest's sha256; the file is damaged or was edited"
             )
+
+
+def has_types(cls: type, values: Mapping[str, Any]) -> bool:
+    """Whether JSON values have the types of a dataclass's fields, and files their sizes: what was edited may not."""
+    hints = typing.get_type_hints(cls)
+    plain = lambda hint: hint if isinstance(hint, types.UnionType) else typing.get_origin(hint) or hint
+    fine = all(isinstance(values[name], plain(hint)) for name, hint in hints.items() if name in values)
+    return fine and all(isinstance(e, dict) and isinstance(e.get("bytes"), int) for e in values["files"].values())
 
 
 def inside(folder: epath.Path, name: str) -> epath.Path:

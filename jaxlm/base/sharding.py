@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "norm": (),
+    "positions": (),
     "criteria": (),
     "batch": ("slices", "data", "fsdp", "expert"),
     "sequence": ("context",),
@@ -112,11 +113,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(mesh.shape, axes, x.shape))
+
+
+def fitting_spec(sizes: Mapping[str, int], axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """`spec`, but whole along the axes that a mesh of these `sizes` does not divide."""
     kept = [
-        part if x.shape[at] % math.prod(mesh.shape[name] for name in _names(part)) == 0 else None
+        part if shape[at] % math.prod(sizes[name] for name in _names(part)) == 0 else None
         for at, part in enumerate(spec(axes))
     ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+    return PartitionSpec(*kept)
 
 
 @functools.cache

@@ -45,8 +45,8 @@ class PackConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatSource(SourceConfig):
-    """Where some of the chats come from: JSONL, ArrayRecord, Parquet or TFDS, with messages, or prompt and completion;
-    or the installed documentation.
+    """Where some of the chats come from: JSONL, ArrayRecord, Parquet, TFDS or a function of yours; with messages, or
+    prompt and completion.
 
     `split="heldout"` measures; train chats that are equal to a held-out one are dropped.
     """
@@ -59,7 +59,7 @@ class ChatSource(SourceConfig):
         check(
             self.format not in ("text", "markdown", "installed_docs"),
             "format",
-            f"got {self.format!r}; chats are objects: jsonl, parquet, array_record, tfds or installed_chats is needed",
+            f"got {self.format!r}; chats are objects: jsonl, parquet, array_record, tfds or python is needed",
         )
         check(not self.general or self.split == "heldout", "general", "is measured only; set split='heldout' too")
 
@@ -88,7 +88,7 @@ class MixtureSource:
     """Packed rows and their share of the batches."""
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("path",)
-    changeable_fields: ClassVar[tuple[str, ...]] = ("weight",)
+    changeable_fields: ClassVar[tuple[str, ...]] = ("weight", "exclude")
 
     path: str
     """A pack stage's folder."""
@@ -97,7 +97,18 @@ class MixtureSource:
     another weight from the step that it has reached."""
     name: str = ""
     """By which --config.data.NAME.weight reaches it."""
+    exclude: tuple[str, ...] = ()
+    """Rows and documents to leave out, such as row:12 or document:345, as a bad step's blackbox/STEP/record.json names
+    them: they become padding in their place, all else stays where it is. A stopped run goes on with others."""
 
     def __post_init__(self):
         check(bool(self.path), "path", "is empty; a pack stage's folder is needed")
+        check_exclude(self.exclude)
         check(0 <= self.weight < math.inf, "weight", f"got {self.weight}; a number of 0 or more is needed")
+
+
+def check_exclude(exclude: tuple[str, ...]) -> None:
+    """Refuses what names neither a row nor a document."""
+    parts = [(out, *out.partition(":")[::2]) for out in exclude]
+    wrong = [out for out, kind, number in parts if kind not in ("row", "document") or not number.isdecimal()]
+    check(not wrong, "exclude", f"got {', '.join(wrong)}; row:NUMBER or document:NUMBER is needed")

@@ -8,7 +8,7 @@ import copy
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -26,8 +26,10 @@ from jaxlm.text.config import Split
 class RowSource:
     """One split of a pack stage's folder: rows in the order of its files, by random access."""
 
-    def __init__(self, folder: epath.PathLike, split: Split):
-        """Raises UserError for a folder that holds no rows of this split, or not those that its manifest lists."""
+    def __init__(self, folder: epath.PathLike, split: Split, exclude: Sequence[str] = ()):
+        """`exclude`: what reads as padding, "row:12" or "document:345", as `documents` counts them.
+
+        Raises UserError for a folder that holds no rows of this split, or not those that its manifest lists."""
         self.folder = epath.Path(folder)
         self.manifest = manifest.read(folder, "rows")
         facts = self.manifest.facts
@@ -44,12 +46,21 @@ class RowSource:
             if not path.exists() or path.stat().length != size:
                 raise UserError(f"{path}: is missing or is not the {size} bytes that the manifest lists; pack again")
         self._reader = rows.RowReader([self.folder / name for name in names])
+        self._excluded = {*exclude}
+        if beyond := [o for o in exclude if o.startswith("row:") and int(o.partition(":")[2]) >= len(self)]:
+            raise ConfigError("exclude", f"{beyond[0]}: {folder} has the rows 0 to {len(self) - 1}")
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Row:
-        return rows.expand(rows.decode(self._reader[index]), self.row_length, self.pad_id)
+        pieces = rows.decode(self._reader[index])
+        out = [f"row:{index}" in self._excluded or f"document:{p.document}" in self._excluded for p in pieces]
+        return rows.expand(pieces, self.row_length, self.pad_id, out if self._excluded else ())
+
+    def documents(self, index: int) -> list[int]:
+        """Which documents' pieces a row has: their places among the documents of the split, from 0."""
+        return [piece.document for piece in rows.decode(self._reader[index])]
 
 
 class Loader:
@@ -68,9 +79,10 @@ class Loader:
         seed: int,
         own: Sequence[int] | None = None,
         prefetch: int = 2,
+        exclude: Sequence[Sequence[str]] = (),
     ):
         """`sources` are (pack folder, weight). `own`: which of a global batch's rows to load; None: all. `prefetch`
-        counts batches.
+        counts batches. `exclude`: of each source, what reads as padding.
 
         Raises ConfigError or UserError for sources that do not fit together.
         """
@@ -78,7 +90,8 @@ class Loader:
             raise ConfigError("data", "is empty; at least one pack folder is needed")
         if global_batch < 1:
             raise ConfigError("batch_rows", f"got {global_batch}; at least 1 is needed")
-        self.sources = [RowSource(path, split) for path, _ in sources]
+        excluded = exclude or ((),) * len(sources)
+        self.sources = [RowSource(path, split, out) for (path, _), out in zip(sources, excluded, strict=True)]
         for source in self.sources[1:]:
             _require_alike(self.sources[0], source)
         self.row_length = self.sources[0].row_length
@@ -88,9 +101,15 @@ class Loader:
         self.global_batch, self.prefetch = global_batch, prefetch
         self.own = range(global_batch) if own is None else own
         self._orders = [
-            grain.MapDataset.source(source).shuffle(seed=zlib.crc32(f"{seed}/{number}".encode())).repeat()
-            for number, source in enumerate(self.sources)
+            self._order(grain.MapDataset.source(source), seed, number) for number, source in enumerate(self.sources)
         ]
+        # The same order of the rows' numbers.
+        self._numbers = [
+            self._order(grain.MapDataset.range(len(source)), seed, number) for number, source in enumerate(self.sources)
+        ]
+
+    def _order(self, source: grain.MapDataset, seed: int, number: int) -> grain.MapDataset:
+        return source.shuffle(seed=zlib.crc32(f"{seed}/{number}".encode())).repeat()
 
     def with_history(self, history: History) -> "Loader":
         """The same with the weights of `history`, instead of the sources' from step 0 on."""
@@ -105,6 +124,14 @@ class Loader:
         first = step * self.global_batch
         places = (self.mixture.locate(first + row) for row in self.own)
         return _stack([cast(Row, self._orders[source][number]) for source, number in places])
+
+    def described(self, step: int, history: History) -> list[dict[str, Any]]:
+        """Of each row of the step's whole batch: the source's folder, the row's number in it, and its documents."""
+        mixture, found = Mixture(history, self.global_batch), []
+        for source, place in map(mixture.locate, range(step * self.global_batch, (step + 1) * self.global_batch)):
+            row, of = int(cast(int, self._numbers[source][place])), self.sources[source]
+            found.append({"source": str(of.folder), "row": row, "documents": of.documents(row)})
+        return found
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start_step` on, without end, made ahead in a thread."""

@@ -89,8 +89,8 @@ def decode(record: bytes) -> list[Piece]:
     ]
 
 
-def expand(pieces: Sequence[Piece], row_length: int, pad_id: int) -> Row:
-    """The arrays that training takes. No pieces give a row of padding."""
+def expand(pieces: Sequence[Piece], row_length: int, pad_id: int, excluded: Sequence[bool] = ()) -> Row:
+    """The arrays that training takes. No pieces give a row of padding; `excluded` ones are padding in their place."""
     row = Row(
         ids=np.full(row_length, pad_id, np.int32),
         segment_ids=np.zeros(row_length, np.int32),
@@ -100,6 +100,9 @@ def expand(pieces: Sequence[Piece], row_length: int, pad_id: int) -> Row:
     start = 0
     for number, piece in enumerate(pieces, 1):
         end = start + len(piece.ids)
+        if excluded and excluded[number - 1]:
+            start = end
+            continue
         row["ids"][start:end] = piece.ids
         row["segment_ids"][start:end] = number
         row["positions"][start:end] = np.arange(end - start)

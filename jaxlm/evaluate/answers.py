@@ -4,7 +4,7 @@ Bits per byte are over the answers' own text, the stop tokens apart: so models w
 plain text among them, are measured on the same bytes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,9 @@ from jaxlm.base.errors import UserError
 from jaxlm.data import chats, packing
 from jaxlm.data.config import ChatSource
 from jaxlm.data.rows import Piece
-from jaxlm.evaluate.likelihood import PACKING_WINDOW, ratio
+from jaxlm.evaluate import intervals
+from jaxlm.evaluate.intervals import Figure
+from jaxlm.evaluate.likelihood import PACKING_WINDOW
 from jaxlm.feedback.config import VerifierConfig
 from jaxlm.feedback.verifying import verifier_for
 from jaxlm.sample.sampler import Completion
@@ -62,29 +64,20 @@ def pack(some: Sequence[Chat], template: ChatTemplate, row_length: int, bytes_of
 
 def scores_of(
     some: Sequence[Chat], answers: Sequence[Completion], verifiers: Sequence[VerifierConfig]
-) -> dict[str, dict[str, Any]]:
-    """ "ended", "tokens", and a score for each verifier: means over answers, with 95 % intervals."""
-    columns: dict[str, list[float]] = {
-        "ended": [float(answer.stop_reason != "length") for answer in answers],
-        "answer_tokens": [float(len(answer.ids)) for answer in answers],
-    }
+) -> dict[str, Figure]:
+    """A score for each verifier: means over answers."""
+    found = {}
     for config in verifiers:
         name = config.function.rpartition(":")[2] if config.kind == "function" else config.kind
-        columns[name] = [
-            verifier_for(config, chat.record, f"chats: {chat.where}")(question(chat), answer.text).score
-            for chat, answer in zip(some, answers, strict=True)
-        ]
-    ones = np.ones(len(answers))
-    return {name: ratio(np.array(values), ones) for name, values in columns.items()}
+        found[name] = intervals.share(
+            [
+                verifier_for(config, chat.record, f"chats: {chat.where}")(question(chat), answer.text).score
+                for chat, answer in zip(some, answers, strict=True)
+            ]
+        )
+    return found
 
 
 def question(chat: Chat) -> str:
     """The last message before the answer."""
     return str(chat.messages[-2]["content"]) if len(chat.messages) > 1 else ""
-
-
-def answer(
-    some: Sequence[Chat], template: ChatTemplate, generate: Callable[[list[list[int]]], list[Completion]]
-) -> list[Completion]:
-    """What `generate` (of token ids) says in place of each chat's last message."""
-    return generate([template.prompt(chat.messages[:-1]) for chat in some])

@@ -13,7 +13,7 @@ import itertools
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jaxlm.base.logging import Progress
 from jaxlm.data import packing
 from jaxlm.data import rows as token_rows
 from jaxlm.data.rows import Piece
+from jaxlm.evaluate.intervals import ratio
 from jaxlm.model.weights import Definition, Params
 from jaxlm.sample.scoring import token_scores
 from jaxlm.tokenizer.tokenizer import Tokenizer
@@ -106,18 +107,21 @@ def figures(sums: dict[int, DocumentSums]) -> dict[str, Any]:
     }
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, Any]:
-    """sum(above) / sum(below) over documents `[N]`, with a 95 % interval for documents like these.
+def by_label(sums: Mapping[int, DocumentSums], labels: Mapping[int, Mapping[str, str]]) -> dict[str, Any]:
+    """ "by_source" and "by_language": name → documents, bytes and bits per byte, where there are several names.
 
-    The ratio estimator of survey sampling, linearised: its variance is N/(N-1) * sum((above - R below)²) / sum(below)²
-    (Cochran, Sampling Techniques, section 6.4, without the correction for finite populations).
+    `labels` are the documents' own, such as {0: {"source": "books", "language": "ru"}}.
     """
-    value = above.sum() / below.sum()
-    N = len(above)
-    if N < 2:
-        return {"value": float(value), "interval": None}
-    error = math.sqrt(N / (N - 1) * np.sum((above - value * below) ** 2)) / below.sum()
-    return {"value": float(value), "interval": [float(value - 1.96 * error), float(value + 1.96 * error)]}
+    found = {}
+    for kind in ("source", "language"):
+        groups: dict[str, dict[int, DocumentSums]] = defaultdict(dict)
+        for number, document in sums.items():
+            groups[labels.get(number, {}).get(kind, "")][number] = document
+        if len(groups) > 1:
+            each = {name: figures(some) for name, some in sorted(groups.items())}
+            kept = ("documents", "bytes", "bits_per_byte")
+            found[f"by_{kind}"] = {name or "unknown": {key: f[key] for key in kept} for name, f in each.items()}
+    return found
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:

@@ -1,9 +1,13 @@
 """Which model a path means."""
 
+from collections.abc import Iterable
+
 from etils import epath
 
 from jaxlm.base import files, manifest
 from jaxlm.base.errors import UserError
+from jaxlm.text import readers
+from jaxlm.text.config import SourceConfig
 from jaxlm.train import model_directory
 
 
@@ -30,14 +34,31 @@ def find_model(path: epath.PathLike, field: str = "") -> epath.Path:
     stages = [child / "model" for child in folders if _is_model(child / "model")]
     if stages:
         return max(stages, key=lambda folder: manifest.read(folder).created)
-    if (path / "config.json").exists() and not (path / "manifest.json").exists():
-        values = files.read_json(path / "config.json")
-        if isinstance(values, dict) and ("architectures" in values or "model_type" in values):
-            kind = ", ".join(values.get("architectures") or [values.get("model_type", "unnamed")])
-            raise UserError(f"{where}: is a Hugging Face directory ({kind}); jaxlm cannot read those yet")
+    if is_hugging_face(path):
+        raise UserError(
+            f"{where}: is a Hugging Face directory; make a model of ours of it: python -m jaxlm import "
+            f"--source={path} --workdir=DIR"
+        )
     held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
     unfinished = " (a model without manifest.json is not finished)" if (path / "params").exists() else ""
     raise UserError(f"{where}: holds no finished model{unfinished}; found {held}")
+
+
+def inputs_of(model: str, chat_template: str, sources: Iterable[SourceConfig]) -> dict[str, str]:
+    """What a stage that trains a model on records reads (model, template if it is a file, sources) → a hash of each."""
+    found = find_model(model, "model")
+    read = {str(found): manifest.read(found).hash}
+    if epath.Path(chat_template).suffix:
+        read[chat_template] = files.sha256(chat_template)
+    return read | {name: digest for source in sources for name, digest in readers.inputs(source).items()}
+
+
+def is_hugging_face(folder: epath.Path) -> bool:
+    """Whether a folder holds a model of transformers (a run of ours has a config.json too)."""
+    if not (folder / "config.json").exists():
+        return False
+    values = files.read_json(folder / "config.json")
+    return isinstance(values, dict) and ("architectures" in values or "model_type" in values)
 
 
 def _is_model(folder: epath.Path) -> bool:

@@ -24,14 +24,17 @@ from jax.sharding import Mesh
 from jaxlm.base.arrays import Array, Float32, Int
 from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
+from jaxlm.base.precision import Compute
 from jaxlm.base.sharding import constrain
-from jaxlm.hub.find import find_model
+from jaxlm.hub import hugging_face
+from jaxlm.hub.find import find_model, is_hugging_face
+from jaxlm.hub.generation import Generation
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.sampler import Completion, Sampler, bucket
-from jaxlm.sample.scoring import token_scores
+from jaxlm.sample.scoring import TokenScores, token_scores
 from jaxlm.tokenizer.chat import ASSISTANT, ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
 from jaxlm.train import model_directory
@@ -57,23 +60,28 @@ class Score:
     """Tokens scored: all of the text's, but for the first where the tokenizer has no BOS to predict it from."""
 
 
-def load(path: epath.PathLike, *, mesh: Mesh | None = None, verify: bool = True) -> "LanguageModel":
-    """The model in a model directory, or the newest one in a run's folder.
+def load(
+    path: epath.PathLike, *, mesh: Mesh | None = None, verify: bool = True, compute: Compute | None = None
+) -> "LanguageModel":
+    """The model in a model directory, in a Hugging Face directory, or the newest one in a run's folder.
 
     `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
-    `verify=False` skips the sha256 of its files. Raises UserError for folders without a finished model, and for
-    damaged ones.
+    `verify=False` skips the sha256 of its files. `compute` is the type of matrix products, in place of the model's own
+    (of a Hugging Face directory: bfloat16 where most tensors are that, else float32). Raises UserError for folders
+    without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
     """
-    directory = model_directory.read(find_model(path), verify=verify)
-    definition = for_inference(directory.config)[1]
+    foreign = is_hugging_face(epath.Path(path))
+    directory = hugging_face.read(path) if foreign else model_directory.read(find_model(path), verify=verify)
+    config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
+    definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
-    context = directory.manifest.facts.get("row_length", 0)
     return LanguageModel(
-        directory.config,
+        config,
         params,
         directory.tokenizer(),
         chat_template=directory.chat_template(),
-        context_tokens=context,
+        context_tokens=directory.context_tokens(),
+        generation=Generation.read(directory.folder, getattr(directory, "values", {})),
         mesh=mesh,
     )
 
@@ -89,6 +97,8 @@ class LanguageModel:
     """None for a model that was not trained on chats."""
     context_tokens: int
     """Length of the rows it was trained on; 0 if its directory does not say."""
+    defaults: dict[str, Any]
+    """Fields of SamplingConfig that an imported model's makers sample with; they hold where a call says nothing."""
 
     def __init__(
         self,
@@ -98,6 +108,7 @@ class LanguageModel:
         *,
         chat_template: ChatTemplate | None = None,
         context_tokens: int = 0,
+        generation: Generation | None = None,
         mesh: Mesh | None = None,
     ):
         """`params` as `jaxlm.sample.decoding.prepare(config, params)` gives them."""
@@ -109,6 +120,9 @@ class LanguageModel:
         self.mesh = mesh
         # A chat model can still go on with a document, which ends with EOS.
         ends = (tokenizer.eos_id, *chat_template.stop_ids) if chat_template else ()
+        if generation is not None:
+            ends = (tokenizer.eos_id, *ends, *(id for id in generation.eos_ids if id < tokenizer.vocab_size))
+        self.defaults = generation.sampling() if generation else {}
         self.sampler = Sampler(config, tokenizer, context_tokens, ends)
 
     def logits(
@@ -153,7 +167,7 @@ class LanguageModel:
         self._require_speech("generate")
         if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], Mapping)):
             raise UserError("prompts: got a single one; a list of texts, of conversations or of lists of ids is needed")
-        config = _sampling(max_tokens, sampling)
+        config = _sampling(max_tokens, self.defaults | sampling)
         encoded = [self.encode(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
         with self._on_mesh():
             return self.sampler.generate(self.params, encoded, config, step=step, prompt_ids=prompt_ids)
@@ -181,7 +195,7 @@ class LanguageModel:
     ) -> Iterator[str]:
         """The text of one completion in pieces, as it is drawn; arguments as for `generate`."""
         self._require_speech("stream")
-        config = _sampling(max_tokens, sampling)
+        config = _sampling(max_tokens, self.defaults | sampling)
         encoded = self.encode(prompt, "prompt")
         pieces = self.sampler.stream(self.params, encoded, config, step=step, prompt_id=prompt_id)
         while True:
@@ -210,7 +224,7 @@ class LanguageModel:
         logprobs = [0.0] * len(texts)
         for at in range(0, len(windows), SCORE_ROWS):
             group = windows[at : at + SCORE_ROWS]
-            scores = self._scores([encoded[t][begin:end] for t, begin, end, _ in group])
+            scores = self.token_scores([encoded[t][begin:end] for t, begin, end, _ in group]).logprobs
             for row, (t, begin, end, first) in enumerate(group):
                 logprobs[t] += float(np.sum(scores[row, first - begin : end - begin], dtype=np.float64))
         bytes_of = self.tokenizer.token_bytes()
@@ -282,11 +296,12 @@ class LanguageModel:
                 f"conversations ({', '.join(self.config.criteria)})"
             )
 
-    def _scores(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 `[SCORE_ROWS, S]`: the log-probability of each token; S a power of two."""
+    def token_scores(self, rows: Sequence[Sequence[int]]) -> TokenScores:
+        """`[SCORE_ROWS, S]`, on the host: each token given those before it in at most SCORE_ROWS rows of ids; S is a
+        power of two."""
         ids, segments, positions = _padded(rows)
         with self._on_mesh():
-            return np.asarray(token_scores(self.definition, self.params, ids, segments, positions).logprobs)
+            return jax.device_get(token_scores(self.definition, self.params, ids, segments, positions))
 
     def encode(self, prompt: Prompt, where: str) -> Sequence[int]:
         if isinstance(prompt, str):

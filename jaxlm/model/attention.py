@@ -12,8 +12,8 @@ from jaxlm.base.arrays import Array, Bool, Float, Int
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import constrain, spec
 from jaxlm.model.config import Attention, ModelConfig
-from jaxlm.model.layers import RMSNorm, Rotation, rotate
-from jaxlm.model.weights import Normal, weight
+from jaxlm.model.layers import RMSNorm, Rotation, project, rotate
+from jaxlm.model.weights import Constant, Normal, weight
 
 # Below the smallest score that a float32 softmax tells from nothing; finite, so that a row of padding has no NaN.
 MASKED = -2.0e38
@@ -96,14 +96,15 @@ def plain_attention(
     v: Float[Array, "B K T N"],
     mask: Bool[Array, "B S T"],
     soft_cap: float,
+    scale: float = 0.0,
 ) -> Float[Array, "B S H N"]:
-    """softmax(q k / sqrt(N)) v, softmax in float32; query head h reads key head h // G."""
+    """softmax(scale q k) v, softmax in float32; query head h reads key head h // G; scale 0 stands for 1 / sqrt(N)."""
     B, S, H, N = q.shape
     K, T = v.shape[1:3]
     G = H // K
     # A key head's G queries lie one after the other: every product is then one of plain matrices, `[G*S, N]`.
     grouped = q.reshape(B, S, K, G, N).transpose(0, 2, 3, 1, 4).reshape(B, K, G * S, N).astype(k.dtype)
-    scores = precision.product(grouped, k) * N**-0.5
+    scores = precision.product(grouped, k) * (scale or N**-0.5)
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(mask[:, None, None, :, :], scores.reshape(B, K, G, S, T), MASKED).reshape(B, K, G * S, T)
@@ -120,6 +121,7 @@ def splash_attention(
     segments: Int[Array, "B S"],
     window: int,
     soft_cap: float,
+    scale: float = 0.0,
 ) -> Float[Array, "B S H N"]:
     """The same by jax's Pallas kernel for TPU, which never makes the scores: O(S) memory, skipped blocks.
 
@@ -141,7 +143,7 @@ def splash_attention(
             masks.MultiHeadMask([one] * groups), block_sizes=blocks, attn_logits_soft_cap=soft_cap or None
         )
         B, _, H, N = q.shape
-        grouped = (q * q.dtype.type(N**-0.5)).reshape(B, S, H // groups, groups, N).transpose(0, 2, 3, 1, 4)
+        grouped = (q * q.dtype.type(scale or N**-0.5)).reshape(B, S, H // groups, groups, N).transpose(0, 2, 3, 1, 4)
         over_kv_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
         ids = kernel.SegmentIds(segments, segments)
         out: Any = jax.vmap(over_kv_heads)(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), ids)
@@ -164,28 +166,38 @@ class SelfAttention(nnx.Module):
         self.key = weight((D, K * N), ("embed", "kv_heads"), Normal(D**-0.5), matrix=True)
         self.value = weight((D, K * N), ("embed", "kv_heads"), Normal(D**-0.5), matrix=True)
         self.output = weight((H * N, D), ("heads", "embed"), Normal((2 * H * N * config.layers) ** -0.5), matrix=True)
+        if "qkv" in config.biases:
+            self.query_bias = weight((H * N,), ("heads",), Constant(0.0))
+            self.key_bias = weight((K * N,), ("kv_heads",), Constant(0.0))
+            self.value_bias = weight((K * N,), ("kv_heads",), Constant(0.0))
+        if "output" in config.biases:
+            self.output_bias = weight((D,), ("norm",), Constant(0.0))
         if config.qk_norm:
-            self.query_norm = RMSNorm(N, "norm", config.norm_epsilon)
-            self.key_norm = RMSNorm(N, "norm", config.norm_epsilon)
+            sizes = (N, N) if config.qk_norm_over == "head" else (H * N, K * N)
+            self.query_norm = RMSNorm(sizes[0], "norm", config.norm_epsilon, config.norm_offset)
+            self.key_norm = RMSNorm(sizes[1], "norm", config.norm_epsilon, config.norm_offset)
         self.config = config
-        self.window = config.window if kind == "local" else 0
+        self.window = config.window if kind.startswith("local") else 0
+        self.scale = config.query_scalar**-0.5 if config.query_scalar else 0.0
 
     def __call__(
-        self, x: Float[Array, "B S D"], rotation: Rotation, place: Place, past: Layer | None
+        self, x: Float[Array, "B S D"], rotation: Rotation | None, place: Place, past: Layer | None
     ) -> tuple[Float[Array, "B S D"], Layer | None]:
         c = self.config
         B, S, _ = x.shape
-        q = precision.matmul(x, self.query[...], c.compute).reshape(B, S, c.heads, c.head_size)
-        k = precision.matmul(x, self.key[...], c.compute).reshape(B, S, c.kv_heads, c.head_size)
-        v = precision.matmul(x, self.value[...], c.compute).reshape(B, S, c.kv_heads, c.head_size)
-        if c.qk_norm:
+        q, k, v = (project(self, name, x, c.compute) for name in ("query", "key", "value"))
+        if c.qk_norm and c.qk_norm_over == "all":
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (part.reshape(B, S, -1, c.head_size) for part in (q, k, v))
+        if c.qk_norm and c.qk_norm_over == "head":
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         q = constrain(q, "batch", "sequence", "activation_heads", None)
         k = constrain(k, "batch", "sequence", "activation_heads", None)
         v = constrain(v, "batch", "sequence", "activation_heads", None)
         if c.attention == "splash" and past is None:
-            out = splash_attention(q, k, v, place.query_segments, self.window, c.attention_soft_cap)
+            out = splash_attention(q, k, v, place.query_segments, self.window, c.attention_soft_cap, self.scale)
         else:
             k, v = precision.swapped(k.swapaxes(1, 2)), precision.held(v.swapaxes(1, 2))
             if past is not None:
@@ -193,6 +205,6 @@ class SelfAttention(nnx.Module):
                 k = jax.lax.dynamic_update_slice_in_dim(past.key, k.astype(past.key.dtype), place.slot, 3)
                 v = jax.lax.dynamic_update_slice_in_dim(past.value, v.astype(past.value.dtype), place.slot, 2)
                 past = Layer(k, v)
-            out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap)
+            out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap, self.scale)
         out = constrain(out, "batch", "sequence", "activation_heads", None)
-        return precision.matmul(out.reshape(B, S, c.heads * c.head_size), self.output[...], c.compute), past
+        return project(self, "output", out.reshape(B, S, c.heads * c.head_size), c.compute), past

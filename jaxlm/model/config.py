@@ -5,12 +5,36 @@ from typing import ClassVar, Literal
 
 from jaxlm.base.config import check
 
-Attention = Literal["global", "local"]
+Attention = Literal["global", "local", "global_nope", "local_nope"]
+"""Whom a layer's queries see; `nope`: without rotary positions (arXiv:2305.19466)."""
+Bias = Literal["qkv", "output", "mlp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for texts longer than those of pretraining."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """linear: all are divided by factor (arXiv:2306.15595); llama3: the slow ones are, with a smooth passage."""
+    factor: float = 1.0
+    """By how much frequencies are divided."""
+    low_frequency: float = 1.0
+    """llama3 only: frequencies of at most so many turns over the trained positions are divided by the whole factor."""
+    high_frequency: float = 4.0
+    """llama3 only: frequencies of at least so many turns stay as they are."""
+    trained_positions: int = 8192
+    """llama3 only: positions of a text in pretraining."""
+
+    def __post_init__(self):
+        check(self.factor > 0, "factor", f"got {self.factor}; a positive number is needed")
+        check(self.trained_positions > 0, "trained_positions", f"got {self.trained_positions}; 1 or more is needed")
+        ordered = 0 < self.low_frequency < self.high_frequency
+        check(ordered, "low_frequency", f"got {self.low_frequency}; above 0, below high_frequency is needed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: RMSNorm before each part, RoPE, grouped-query attention, gated MLP."""
+    """A decoder-only transformer; by default RMSNorm before each part, RoPE, grouped-query attention, gated MLP."""
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("remat", "attention", "scan_layers")
 
@@ -27,15 +51,31 @@ class ModelConfig:
     head_size: int = 0
     """N: size of a head; 0 means width / heads."""
     feed_forward: int = 0
-    """F: width of the gated MLP; 0 means 8/3 of the width, rounded up to 128, as in Llama."""
-    activation: Literal["silu", "gelu"] = "silu"
-    """The gate's nonlinearity (gelu: its tanh form)."""
+    """F: width of the MLP; 0 means 8/3 of the width, rounded up to 128, as in Llama."""
+    activation: Literal["silu", "gelu", "gelu_exact"] = "silu"
+    """The MLP's nonlinearity (gelu: its tanh form)."""
+    gated_mlp: bool = True
+    """down(act(gate(x)) * up(x)); off: down(act(up(x))), as in GPT-2."""
+    biases: tuple[Bias, ...] = ()
+    """Which products have a bias: those of queries, keys and values; attention's output; the MLP's."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias."""
+    norm_offset: bool = False
+    """RMSNorm multiplies by 1 + scale, as Gemma's does."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Whether attention and MLP have a norm on their input, on their output (OLMo 2), or on both (Gemma 2)."""
+    parallel_mlp: bool = False
+    """The MLP reads what attention reads, and both are added at once, as in GPT-NeoX."""
     tied_embeddings: bool = False
     """Use the embedding table as the output head too."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(width), as Gemma does."""
     qk_norm: bool = False
-    """RMSNorm on each query and key head, before RoPE."""
+    """RMSNorm on queries and keys, before RoPE."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What that norm is taken over: each head by itself, or all heads together (OLMo 2)."""
+    query_scalar: float = 0.0
+    """Attention's scores are divided by its square root; 0 means by that of the head size."""
     logit_soft_cap: float = 0.0
     """c in c*tanh(logits/c); 0: none."""
     attention_soft_cap: float = 0.0
@@ -46,8 +86,16 @@ class ModelConfig:
     """How many positions, itself included, a query sees in a local layer."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_base_local: float = 0.0
+    """The same for local layers, whose frequencies are not scaled then; 0: as the others."""
+    rope_size: int = 0
+    """How many of a head's first numbers RoPE turns; 0: all."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """Frequencies for texts longer than those of pretraining."""
+    learned_positions: int = 0
+    """Rows of a learned table of positions, which takes RoPE's place (GPT-2); 0: RoPE."""
     norm_epsilon: float = 1e-6
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or the variance, in norms."""
     compute: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of matrix products; parameters, softmax, norms and losses are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -68,8 +116,13 @@ class ModelConfig:
         if self.width and self.heads and not self.head_size:
             check(self.width % self.heads == 0, "heads", f"{self.heads} does not divide width {self.width}")
         check(self.head_size % 2 == 0, "head_size", f"got {self.head_size}; RoPE turns pairs: an even size is needed")
+        turned = self.rope_size % 2 == 0 and 0 <= self.rope_size <= (self.head_size or self.rope_size)
+        check(turned, "rope_size", f"got {self.rope_size}; an even number up to the head size is needed")
+        for field in ("rope_base_local", "query_scalar", "learned_positions"):
+            check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; a positive number, or 0, is needed")
+        check(not (self.norm_offset and self.norm == "layer"), "norm_offset", "is of RMSNorm only; set norm=rms")
         check(len(self.pattern) > 0, "pattern", "is empty; give at least one of global, local")
-        if "local" in self.pattern:
+        if any(kind.startswith("local") for kind in self.pattern):
             check(self.window > 0, "window", "must be set for the local layers of the pattern")
         check(self.rope_base > 1, "rope_base", f"got {self.rope_base}; a base above 1 is needed")
         check(self.norm_epsilon > 0, "norm_epsilon", f"got {self.norm_epsilon}; a positive number is needed")

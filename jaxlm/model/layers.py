@@ -1,5 +1,6 @@
-"""The parts of a transformer block: RMSNorm, rotary positions, the gated MLP."""
+"""The parts of a transformer block: norms, rotary positions, the MLP."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,24 +10,61 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Int
 from jaxlm.base.sharding import constrain
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import ModelConfig, RopeScaling
 from jaxlm.model.weights import Constant, Normal, weight
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def project(module: nnx.Module, name: str, x: Float[Array, "B S D"], compute: precision.Compute) -> Array:
+    """x times the module's weight of that name, plus its `name_bias` where it has one, added in float32."""
+    kernel, bias = getattr(module, name)[...], getattr(module, f"{name}_bias", None)
+    if bias is None:
+        return precision.matmul(x, kernel, compute)
+    return (precision.matmul(x, kernel, compute, wide=True) + bias[...][None, None, :]).astype(precision.dtype(compute))
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32; arXiv:1910.07467."""
+    """x / rms(x) * scale (or, with `offset`, 1 + scale), in float32; arXiv:1910.07467."""
 
-    def __init__(self, size: int, axis: str, epsilon: float):
-        self.scale = weight((size,), (axis,), Constant(1.0))
-        self.epsilon = epsilon
+    def __init__(self, size: int, axis: str, epsilon: float, offset: bool = False):
+        self.scale = weight((size,), (axis,), Constant(0.0 if offset else 1.0))
+        self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.offset:
+            scale = 1 + scale
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias, in float32; arXiv:1607.06450."""
+
+    def __init__(self, size: int, axis: str, epsilon: float):
+        self.scale = weight((size,), (axis,), Constant(1.0))
+        self.bias = weight((size,), (axis,), Constant(0.0))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        scale, bias = (w[...].reshape((1,) * (x.ndim - 1) + (-1,)) for w in (self.scale, self.bias))
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """A norm of the residual stream."""
+    if config.norm == "layer":
+        return LayerNorm(config.width, "norm", config.norm_epsilon)
+    return RMSNorm(config.width, "norm", config.norm_epsilon, config.norm_offset)
 
 
 class Rotation(NamedTuple):
@@ -36,39 +74,79 @@ class Rotation(NamedTuple):
     sin: Array
 
 
-def rotary(positions: Int[Array, "B S"], limit: int, size: int, base: float) -> Rotation:
+Rotations = dict[str, Rotation | None]
+"""Kind of attention → its rotation; None: it turns nothing."""
+
+
+def rotations(config: ModelConfig, positions: Int[Array, "B S"], limit: int) -> Rotations:
+    """The rotation of each kind of layer at these positions, all below `limit`."""
+    still: Rotations = {"global": None, "local": None, "global_nope": None, "local_nope": None}
+    if config.learned_positions:
+        return still
+    size = config.rope_size or config.head_size
+    turned = rotary(positions, limit, size, config.rope_base, config.rope_scaling)
+    local = rotary(positions, limit, size, config.rope_base_local, RopeScaling()) if config.rope_base_local else turned
+    return still | {"global": turned, "local": local}
+
+
+def rotary(positions: Int[Array, "B S"], limit: int, size: int, base: float, scaling: RopeScaling) -> Rotation:
     """The rotary embedding's angles, position * base^(-2i/N), of positions below `limit`; arXiv:2104.09864.
 
     Looked up in a table of all positions: computed in place, XLA's CPU path would fuse the sines into every layer's
     rotation and take them anew for every head, a tenth of a training step.
     """
-    frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    frequencies = scaled(base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size), scaling)
     angles = jnp.arange(limit, dtype=jnp.float32)[:, None] * frequencies[None, :]
     return Rotation(jnp.cos(angles)[positions], jnp.sin(angles)[positions])
 
 
+def scaled(frequencies: Float[Array, "N"], scaling: RopeScaling) -> Float[Array, "N"]:
+    """The frequencies for longer texts. llama3: the formula of Llama 3.1's reference code (arXiv:2407.21783, 3.4.2)."""
+    if scaling.kind == "none":
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.trained_positions * frequencies / (2 * math.pi)
+    share = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    kept = jnp.clip(share, 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
 def rotate(x: Float[Array, "B S H N"], rotation: Rotation) -> Float[Array, "B S H N"]:
-    """Turns the pairs (x[i], x[i + N/2]) by their angles, in float32 (the pairing of Llama's checkpoints)."""
+    """Turns the pairs (x[i], x[i + N/2]) by their angles, in float32 (the pairing of Llama's checkpoints).
+
+    With a rotation of fewer than N/2 angles, the pairs are those of the head's first numbers, and the rest stays.
+    """
     cos, sin = (part[:, :, None, :] for part in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
-class GatedMLP(nnx.Module):
-    """down(act(gate(x)) * up(x)); arXiv:2002.05202."""
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), arXiv:2002.05202; without a gate down(act(up(x)))."""
 
     def __init__(self, config: ModelConfig):
         D, F = config.width, config.feed_forward
-        self.gate = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
+        if config.gated_mlp:
+            self.gate = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
         self.up = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
         # The two products that end in the residual stream start smaller by sqrt(2L), so that the stream's
         # variance does not grow with depth (GPT-2).
         self.down = weight((F, D), ("mlp", "embed"), Normal((2 * F * config.layers) ** -0.5), matrix=True)
-        self.activation = config.activation
+        if "mlp" in config.biases:
+            if config.gated_mlp:
+                self.gate_bias = weight((F,), ("mlp",), Constant(0.0))
+            self.up_bias = weight((F,), ("mlp",), Constant(0.0))
+            self.down_bias = weight((D,), ("norm",), Constant(0.0))
+        self.activation, self.gated = config.activation, config.gated_mlp
         self.compute: precision.Compute = config.compute
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        gate = precision.matmul(x, self.gate[...], self.compute)
-        up = precision.matmul(x, self.up[...], self.compute)
-        inner = constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "sequence", "activation_mlp")
-        return precision.matmul(inner, self.down[...], self.compute)
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            inner = act(project(self, "gate", x, self.compute)) * project(self, "up", x, self.compute)
+        else:
+            inner = act(project(self, "up", x, self.compute))
+        return project(self, "down", constrain(inner, "batch", "sequence", "activation_mlp"), self.compute)

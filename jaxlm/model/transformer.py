@@ -22,7 +22,7 @@ from jaxlm.base.arrays import Array, Float, Float32, Int
 from jaxlm.base.sharding import constrain
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import Attention, ModelConfig
-from jaxlm.model.layers import GatedMLP, RMSNorm, Rotation, rotary
+from jaxlm.model.layers import MLP, Rotations, make_norm, rotations
 from jaxlm.model.weights import Constant, Definition, Normal, apply, define, number, weight
 
 REMAT_POLICIES = {
@@ -69,20 +69,27 @@ def widened(cache: Cache, room: int) -> Cache:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); `config.norm_place` and `config.parallel_mlp` have other forms."""
 
     def __init__(self, config: ModelConfig, kind: Attention):
-        self.attention_norm = RMSNorm(config.width, "norm", config.norm_epsilon)
+        if config.norm_place != "after":
+            self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
+        if config.norm_place != "before":
+            self.attention_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
         self.attention = SelfAttention(config, kind)
-        self.mlp_norm = RMSNorm(config.width, "norm", config.norm_epsilon)
-        self.mlp = GatedMLP(config)
+        self.mlp = MLP(config)
+        self.kind, self.place, self.parallel = kind, config.norm_place, config.parallel_mlp
 
     def __call__(
-        self, x: Float[Array, "B S D"], rotation: Rotation, place: Place, past: Layer | None = None
+        self, x: Float[Array, "B S D"], rotations: Rotations, place: Place, past: Layer | None = None
     ) -> tuple[Float[Array, "B S D"], Layer | None]:
-        mixed, past = self.attention(self.attention_norm(x), rotation, place, past)
-        x = x + mixed
-        x = x + self.mlp(self.mlp_norm(x))
+        before = x
+        mixed = x if self.place == "after" else self.attention_norm(x)
+        mixed, past = self.attention(mixed, rotations[self.kind], place, past)
+        x = x + (mixed if self.place == "before" else self.attention_post_norm(mixed))
+        mixed = before if self.parallel else x
+        mixed = self.mlp(mixed if self.place == "after" else self.mlp_norm(mixed))
+        x = x + (mixed if self.place == "before" else self.mlp_post_norm(mixed))
         return constrain(x, "batch", "sequence", None), past
 
 
@@ -95,6 +102,8 @@ class Transformer(nnx.Module):
         # A tied table is also the head: at D^-1/2 the first logits have unit variance.
         std = D**-0.5 if config.tied_embeddings else 1.0
         self.embedding = weight((V, D), ("vocab", "embed"), Normal(std))
+        if config.learned_positions:
+            self.positions = weight((config.learned_positions, D), ("positions", "embed"), Normal(std / 2))
         if config.scan_layers:
             whole = L - L % P
             self.stack = nnx.Dict(
@@ -104,10 +113,10 @@ class Transformer(nnx.Module):
                 }
             )
             self.tail = nnx.Dict({str(i): self._block(config, i) for i in range(whole, L)})
-            self.group = tuple(define(Block(config, kind)) for kind in config.pattern)
+            self.group = tuple(define(Block(config, kind), config.compute) for kind in config.pattern)
         else:
             self.layers = nnx.Dict({str(i): self._block(config, i) for i in range(L)})
-        self.final_norm = RMSNorm(D, "norm", config.norm_epsilon)
+        self.final_norm = make_norm(config)
         if C:
             # Scores begin with a variance of about 1, as in Stiennon et al. 2020 (arXiv:2009.01325).
             self.score = weight((D, C), ("embed", "criteria"), Normal((D + 1) ** -0.5))
@@ -133,12 +142,16 @@ class Transformer(nnx.Module):
         """
         c = self.config
         x = self.embed(ids)
+        if c.learned_positions:
+            # Past the table there is nothing to add: NaN says so, where the last row in its place would not.
+            places = jnp.where(segments > 0, positions, 0)
+            x = x + self.positions[...].at[places].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
         # No position lies past the row's end: it is the index within a segment.
         limit = ids.shape[1] if cache is None else cache.segments.shape[1]
-        rotation = rotary(positions, limit, c.head_size, c.rope_base)
+        turns = rotations(c, positions, limit)
         if cache is None:
             place = Place(segments, positions, segments, positions)
-            return self.final_norm(self._run(x, rotation, place)), None
+            return self.final_norm(self._run(x, turns, place)), None
         if c.scan_layers:
             raise ValueError("a cache needs unrolled layers (see model/layout.py): a scan would copy it every step")
         cache = cache._replace(
@@ -148,7 +161,7 @@ class Transformer(nnx.Module):
         place = Place(segments, positions, cache.segments, cache.positions, cache.slot)
         layers = []
         for index in range(c.layers):
-            x, layer = self.layers[str(index)](x, rotation, place, cache.layers[index])
+            x, layer = self.layers[str(index)](x, turns, place, cache.layers[index])
             layers.append(layer)
         return self.final_norm(x), cache._replace(layers=tuple(layers), slot=cache.slot + ids.shape[1])
 
@@ -161,25 +174,25 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         return constrain(x, "batch", "sequence", None)
 
-    def _run(self, x: Array, rotation: Rotation, place: Place) -> Array:
+    def _run(self, x: Array, turns: Rotations, place: Place) -> Array:
         """All blocks without a cache: a scan over the stacked groups, then the tail."""
         policy = REMAT_POLICIES.get(self.config.remat)
         remat = (lambda f: jax.checkpoint(f, policy=policy)) if policy else (lambda f: f)
         if not self.config.scan_layers:
             for index in range(self.config.layers):
-                x = remat(lambda x, block: block(x, rotation, place)[0])(x, self.layers[str(index)])
+                x = remat(lambda x, block: block(x, turns, place)[0])(x, self.layers[str(index)])
             return x
 
         def group(x: Array, layers: dict[str, Any]) -> tuple[Array, None]:
             for position, block in enumerate(self.group):
-                x = apply(block, layers[str(position)], lambda m, x=x: m(x, rotation, place)[0])
+                x = apply(block, layers[str(position)], lambda m, x=x: m(x, turns, place)[0])
             return x, None
 
         if len(self.stack):
             stacked = nnx.to_pure_dict(nnx.split(self.stack)[1])
             x, _ = jax.lax.scan(remat(group), x, stacked)
         for block in self.tail.values():
-            x = remat(lambda x, block: block(x, rotation, place)[0])(x, block)
+            x = remat(lambda x, block: block(x, turns, place)[0])(x, block)
         return x
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
@@ -202,7 +215,7 @@ class Transformer(nnx.Module):
 
 def define_model(config: ModelConfig, matrix_dtype: Any = jnp.float32) -> Definition:
     """The definition of a complete config (`ModelConfig.complete`)."""
-    return define(Transformer(config), matrix_dtype)
+    return define(Transformer(config), config.compute, matrix_dtype)
 
 
 def for_inference(config: ModelConfig) -> tuple[ModelConfig, Definition]:
@@ -218,10 +231,10 @@ def flops_per_token(config: ModelConfig, sequence: int) -> float:
     counts all S keys; we count those that are seen).
     """
     D, N = config.width, config.head_size
-    per_layer = 2 * D * N * (config.heads + config.kv_heads) + 3 * D * config.feed_forward
+    per_layer = 2 * D * N * (config.heads + config.kv_heads) + (2 + config.gated_mlp) * D * config.feed_forward
     weights = config.layers * per_layer + D * (len(config.criteria) or config.vocab_size)
     seen = 0.0
     for layer in range(config.layers):
-        reach = min(config.window, sequence) if config.kind(layer) == "local" else sequence
+        reach = min(config.window, sequence) if config.kind(layer).startswith("local") else sequence
         seen += (reach + 1) / 2 if reach == sequence else reach - reach * (reach - 1) / (2 * sequence)
     return 6 * weights + 12 * config.heads * N * seen

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.base import rng, sharding
+from jaxlm.base.precision import Compute
 
 Params = dict[str, Any]
 Result = TypeVar("Result")
@@ -63,6 +64,8 @@ class Definition:
 
     graphdef: Any
     weights: tuple[tuple[tuple[str, ...], Weight], ...]
+    compute: Compute
+    """Type of the factors in matrix products."""
 
     def __iter__(self) -> Iterator[tuple[tuple[str, ...], Weight]]:
         return iter(self.weights)
@@ -117,7 +120,7 @@ def canonical(path: tuple[str, ...]) -> str:
     return "/".join(["layers" if words[0] in ("stack", "tail") else words[0], *words[1:]])
 
 
-def define(module: nnx.Module, matrix_dtype: Any = jnp.float32) -> Definition:
+def define(module: nnx.Module, compute: Compute, matrix_dtype: Any = jnp.float32) -> Definition:
     """The definition of a module tree; `matrix_dtype` other than float32 is for inference copies of the weights."""
     graphdef, state = nnx.split(module)
     weights = []
@@ -140,7 +143,7 @@ def define(module: nnx.Module, matrix_dtype: Any = jnp.float32) -> Definition:
                 ),
             )
         )
-    return Definition(graphdef, tuple(weights))
+    return Definition(graphdef, tuple(weights), compute)
 
 
 def initialize(definition: Definition, seed: int) -> Params:

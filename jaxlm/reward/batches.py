@@ -55,6 +55,8 @@ class Prompt(NamedTuple):
     pairs: Sequence[Pair]
     prefix: int = 0
     """How many of the ids are the prompt's: an answer's length is counted without them."""
+    targets: Sequence[np.ndarray] = ()
+    """bool, a token each, of every answer: which are its own. Rewards are read without them."""
 
 
 class Place(NamedTuple):
@@ -111,13 +113,15 @@ class RankingBatches:
         self.shape, self.pieces = Shape(rows // pieces, row_length, pairs // pieces), pieces
         self.own = range(rows) if own is None else own
         self.dropped: dict[str, list[str]] = {}
-        self.prompts: list[Prompt] = []
-        for prompt in prompts:
+        self.kept: list[int] = []
+        """The numbers of those that are left among all that were given."""
+        for number, prompt in enumerate(prompts):
             reason = unusable(prompt, self.shape)
             if reason:
                 self.dropped.setdefault(reason, []).append(prompt.name)
             else:
-                self.prompts.append(prompt)
+                self.kept.append(number)
+        self.prompts = [prompts[number] for number in self.kept]
         if not self.prompts:
             counts = ", ".join(f"{len(names)} {reason}" for reason, names in self.dropped.items())
             raise UserError(f"no prompt is left whose answers can be compared: {counts or 'there are none'}")
@@ -129,7 +133,7 @@ class RankingBatches:
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of `fill`."""
         epoch, number = self.locate(step)
-        return self._fill(self._plan(epoch)[number])
+        return self.arrays(self._plan(epoch)[number])
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start_step` on, without end, made ahead in a thread."""
@@ -138,7 +142,7 @@ class RankingBatches:
     def heldout(self, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """All prompts once, in order; what the last batch has too much is padding. `limit` bounds the batches."""
         for batch in self._planned(range(len(self.prompts)))[:limit]:
-            yield self._fill(batch)
+            yield self.arrays(batch)
 
     def first_step(self, epoch: int) -> int:
         """The step that an epoch begins with: as many as the epochs before it have. Plans them when asked first."""
@@ -169,7 +173,8 @@ class RankingBatches:
         made = plan(self.prompts, order, self.shape)
         return [made[first : first + self.pieces] for first in range(0, len(made), self.pieces)]
 
-    def _fill(self, batch: list[list[Placed]]) -> dict[str, np.ndarray]:
+    def arrays(self, batch: list[list[Placed]]) -> dict[str, np.ndarray]:
+        """What a planned batch is filled with; kinds of batches that hold more add to it."""
         return fill(self.prompts, batch + [[]] * (self.pieces - len(batch)), self.shape, self.own)
 
 

@@ -15,9 +15,9 @@ class RankingSource(SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         check(
-            self.format in ("auto", "jsonl", "parquet", "array_record", "tfds", "installed_rankings"),
+            self.format in ("auto", "jsonl", "parquet", "array_record", "tfds", "python"),
             "format",
-            f"got {self.format!r}; rankings are objects: jsonl, parquet, array_record or tfds is needed",
+            f"got {self.format!r}; rankings are objects: jsonl, parquet, array_record, tfds or python is needed",
         )
 
 

@@ -59,8 +59,8 @@ ROWS = ("ids", "segment_ids", "positions")
 
 
 def placed_batch(mesh: Mesh, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-    """A batch of `RankingBatches` on the mesh: rows divided, pairs whole everywhere."""
+    """A batch of `RankingBatches` on the mesh: what is `[B, S]` divided by rows, pairs whole everywhere."""
     whole = sharding.replicated(mesh)
     put = lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
-    divided = sharding.global_batch(mesh, {name: batch[name] for name in ROWS}, rows)
-    return divided | {name: put(np.asarray(x)) for name, x in batch.items() if name not in ROWS}
+    divided = sharding.global_batch(mesh, {name: x for name, x in batch.items() if x.ndim == 2}, rows)
+    return divided | {name: put(np.asarray(x)) for name, x in batch.items() if x.ndim < 2}

@@ -69,6 +69,16 @@ def missing_eos(
     return jnp.where(ended, scores, scores - amount if kind == "penalty" else amount)
 
 
+def overlong(lengths: Int[Array, "B"], most: int, tokens: int) -> Float[Array, "B"]:
+    """DAPO's soft punishment, added to the score: 0 up to `most` - `tokens` tokens, then evenly down to -1 at `most`
+    (arXiv:2503.14476, equation 13).
+
+    >>> overlong([4, 6, 7, 8], most=8, tokens=4)
+    [0, -.5, -.75, -1]
+    """
+    return -jnp.clip((lengths - (most - tokens)).astype(float) / tokens, 0.0, 1.0)
+
+
 def generalized_advantages(
     rewards: Float[Array, "B T"],
     values: Float[Array, "B T"],
@@ -93,6 +103,14 @@ def generalized_advantages(
     end = jnp.zeros_like(rewards[:, 0])
     _, advantages = jax.lax.scan(step, (end, end), (rewards.T, values.T, mask.T), reverse=True)
     return advantages.T, advantages.T + values
+
+
+def rewards_to_come(
+    rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], gamma: float | Array
+) -> Float[Array, "B T"]:
+    """The discounted sum of a token's reward and those after it: REINFORCE++'s advantages before they are normalised
+    (arXiv:2501.03262). The same as GAE's with λ = 1 and without values."""
+    return generalized_advantages(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
 def whitened(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, center: bool = True) -> Float[Array, "B T"]:
@@ -138,3 +156,22 @@ def leave_one_out(rewards: Float[Array, "P K"]) -> Float[Array, "P K"]:
     K = rewards.shape[1]
     check(K >= 2, "samples", f"got {K} answers a prompt; 2 or more are needed, the others being the baseline")
     return group_advantages(rewards, 0.0, scale=False) * (K / (K - 1))
+
+
+def best_and_worst(rewards: Float[Array, "P K"], counted: Bool[Array, "P K"]) -> Float[Array, "P K"]:
+    """1 for the best and -1 for the worst of each prompt's `counted` answers, the first of equal ones; 0 for the rest.
+
+    0 for all where best and worst are equal, or fewer than two count. NaN for all where a reward is no number.
+
+    >>> best_and_worst([[.2, .9, .1, .9], [1, 1, 1, 1]], all)
+    [[0, 1, -1, 0], [0, 0, 0, 0]]
+    """
+    rewards = wide(rewards)
+    high, low = jnp.where(counted, rewards, -jnp.inf), jnp.where(counted, rewards, jnp.inf)
+    at = jnp.arange(rewards.shape[1])[None, :]
+    of = lambda which: (at == which[:, None]).astype(rewards.dtype)
+    signs = of(jnp.argmax(high, axis=1)) - of(jnp.argmin(low, axis=1))
+    untied = jnp.max(high, axis=1) > jnp.min(low, axis=1)
+    # Or a prompt with a NaN, which is above nothing, would pass for one with a tie.
+    broken = jnp.any(counted & ~jnp.isfinite(rewards), axis=1)
+    return jnp.where(broken[:, None], jnp.nan, jnp.where(untied[:, None], signs, 0.0))

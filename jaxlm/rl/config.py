@@ -12,7 +12,7 @@ from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, Sc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLConfig:
-    """PPO's penalty for leaving the reference: k1 of each token, in the reward."""
+    """PPO's and REINFORCE++'s penalty for leaving the reference: k1 of each token, in the reward."""
 
     kind: Literal["fixed", "adaptive"] = "fixed"
     """adaptive turns the coefficient so that the KL stays near the target (arXiv:1909.08593, section 2.2)."""
@@ -62,6 +62,11 @@ class PPOConfig:
         for field in ("clip", "value_clip", "value_rate"):
             check(getattr(self, field) > 0, field, f"got {getattr(self, field)}; above 0 is needed")
         check(not self.value_optimizer.ema, "value_optimizer.ema", "is for models that are kept; leave it at 0")
+        check(
+            not self.value_optimizer.spike_limit,
+            "value_optimizer.spike_limit",
+            "stays 0: the policy's optimizer.spike_limit decides for both",
+        )
         check(self.pretraining_coefficient >= 0, "pretraining_coefficient", "is below 0")
         check(self.pretraining_rows >= 1, "pretraining_rows", f"got {self.pretraining_rows}; 1 or more is needed")
 
@@ -75,6 +80,9 @@ class GRPOConfig:
     leave_one_out: minus the others' mean (RLOO, arXiv:2402.14740)."""
     epsilon: float = 1e-4
     """Added to the group's standard deviation."""
+    ratio: Literal["token", "sequence"] = "token"
+    """To the old policy: of each token; or of the answer, as the geometric mean over its tokens (GSPO,
+    arXiv:2507.18071), which strays far less: its authors clip at 3e-4 and clip_high 4e-4."""
     clip: float = 0.2
     """The ratio to the old policy is clipped to 1 ± this."""
     clip_high: float = 0.0
@@ -84,12 +92,55 @@ class GRPOConfig:
     normalization: Literal["token", "sequence", "constant"] = "sequence"
     """sequence: an answer's mean counts; token: all tokens of the batch count alike; constant: an answer's sum over
     max_tokens (Dr. GRPO)."""
+    extra_prompts: int = 0
+    """Dynamic sampling (DAPO, section 3.2): in place of prompts whose answers all get one reward, so that nothing is
+    learned from them, at most so many fresh ones a rollout are asked; 0: none."""
 
     def __post_init__(self):
         check(self.epsilon > 0, "epsilon", f"got {self.epsilon}; above 0 is needed")
         check(self.clip > 0, "clip", f"got {self.clip}; above 0 is needed")
+        fits = self.ratio == "token" or self.normalization == "sequence"
+        check(fits, "normalization", f"got {self.normalization!r}; a ratio of whole sequences goes with 'sequence'")
+        check(self.extra_prompts >= 0, "extra_prompts", f"got {self.extra_prompts}; 0 (none) or more is needed")
         check(self.clip_high >= 0, "clip_high", f"got {self.clip_high}; 0 or more is needed")
         check(self.kl_coefficient >= 0, "kl_coefficient", f"got {self.kl_coefficient}; 0 or more is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig:
+    """Direct preference optimisation on fresh answers: the best and the worst of a prompt's are a pair
+    (arXiv:2305.18290; online: arXiv:2402.04792). Prompts whose answers all got one reward give none."""
+
+    beta: float = 0.1
+    """Implicit reward a nat of log-ratio to the reference: the lower, the farther from it."""
+
+    def __post_init__(self):
+        check(0 < self.beta < math.inf, "beta", f"got {self.beta}; a number above 0 is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReinforceConfig:
+    """REINFORCE++ (arXiv:2501.03262): PPO without a value function. A token's advantage is the reward to come,
+    normalised over the whole rollout and not over a prompt's answers."""
+
+    baseline: Literal["none", "group"] = "none"
+    """group: first the mean reward of a prompt's answers is taken off ("with baseline", for several samples; for this
+    the paper's later versions have the KL as k2 in the loss, here it stays in the reward)."""
+    kl: KLConfig = KLConfig(coefficient=0.01)
+    """The penalty for leaving the reference."""
+    gamma: float = 1.0
+    """Discount a token."""
+    clip: float = 0.2
+    """The ratio to the old policy is clipped to 1 ± this."""
+
+    def __post_init__(self):
+        check(0 <= self.gamma <= 1, "gamma", f"got {self.gamma}; 0 to 1 is needed")
+        check(self.clip > 0, "clip", f"got {self.clip}; above 0 is needed")
+
+    @property
+    def loss(self) -> GRPOConfig:
+        """Its update: the clipped loss, all tokens of a minibatch alike; the KL is in the reward already."""
+        return GRPOConfig(clip=self.clip, kl_coefficient=0.0, normalization="token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +185,10 @@ class RLConfig(StageConfig):
     ppo: PPOConfig | None = None
     """Give either this ..."""
     grpo: GRPOConfig | None = None
+    """... or this ..."""
+    dpo: OnlineDPOConfig | None = None
+    """... or this ..."""
+    reinforce: ReinforceConfig | None = None
     """... or this."""
     prompts: int = 64
     """P: prompts a rollout."""
@@ -150,6 +205,9 @@ class RLConfig(StageConfig):
     score still counts in a group's baseline)."""
     missing_eos_amount: float = 0.0
     """For penalty and replace; with a reward model, whose mean score is about 0, replace needs one below 0."""
+    overlong_tokens: int = 0
+    """Soft punishment of length (DAPO, equation 13): in the last so many of max_tokens, the reward falls evenly by 1
+    in all; 0: none."""
     sample_rows: int = 0
     """Answers drawn at a time, where a rollout's cache would not fit; 0: all of a rollout."""
     steps: int = 100
@@ -157,7 +215,7 @@ class RLConfig(StageConfig):
     passes: int = 1
     """How often a rollout's answers are gone through."""
     minibatch_answers: int = 64
-    """Answers an update."""
+    """Answers an update; with dpo, those of its pairs."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
     """The policy's update rule."""
     schedule: ScheduleConfig = ScheduleConfig(kind="linear", peak=1e-6, warmup_steps=10)
@@ -185,7 +243,9 @@ class RLConfig(StageConfig):
 
     def __post_init__(self):
         check(bool(self.model), "model", "is empty; give a model directory or a run's folder")
-        check((self.ppo is None) != (self.grpo is None), "ppo", "give exactly one of ppo and grpo")
+        given = [field for field in ("ppo", "grpo", "dpo", "reinforce") if getattr(self, field) is not None]
+        found = " and ".join(given) or "none"
+        check(len(given) == 1, "ppo", f"give exactly one of ppo, grpo, dpo and reinforce; got {found}")
         check(bool(self.reward_model or self.verifiers), "reward_model", "is empty, and there is no verifier either")
         check(bool(self.criteria) or not self.reward_model, "criteria", "is empty; name at least one")
         criteria = [criterion.name for criterion in self.criteria]
@@ -193,7 +253,8 @@ class RLConfig(StageConfig):
         check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
         for field in ("prompts", "samples", "max_prompt_tokens", "max_tokens", "steps", "passes", "minibatch_answers"):
             check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
-        for field in ("kl_budget", "heldout_prompts", "loss_chunk_tokens", "sample_rows", "seed", "shown_completions"):
+        numbers = "kl_budget", "heldout_prompts", "overlong_tokens", "loss_chunk_tokens", "sample_rows", "seed"
+        for field in (*numbers, "shown_completions"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
         check(self.temperature > 0, "temperature", f"got {self.temperature}; above 0 is needed to explore")
         check(self.seed < 2**32 - 1, "seed", f"got {self.seed}; below 2**32 - 1 is needed")
@@ -211,6 +272,55 @@ class RLConfig(StageConfig):
             "minibatch_answers",
             f"{self.minibatch_answers} does not divide a rollout of {answers} answers",
         )
-        if self.grpo is not None:
+        if self.dpo is not None:
+            M = self.minibatch_answers
+            whole = M % 2 == 0 and 2 * self.prompts % M == 0
+            check(whole, "minibatch_answers", f"{M} answers do not divide {self.prompts} pairs a rollout")
+        most = self.max_tokens
+        check(self.overlong_tokens <= most, "overlong_tokens", f"got {self.overlong_tokens}; max_tokens is {most}")
+        if self.grpo or self.dpo or (self.reinforce and self.reinforce.baseline == "group"):
             check(self.samples >= 2, "samples", f"got {self.samples}; a group needs at least 2 answers a prompt")
+        if self.grpo is not None and self.grpo.extra_prompts:
+            late = "is for verifiers alone: a reward model's scores are hardly ever alike, and come after the drawing"
+            check(not self.reward_model, "grpo.extra_prompts", late)
         check(self.schedule.peak > 0, "schedule.peak", "is 0; a learning rate is needed, such as 1e-6")
+
+    @property
+    def penalty(self) -> KLConfig | None:
+        """The penalty in the reward, of the methods that have one."""
+        method = self.ppo or self.reinforce
+        return method.kl if method else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig(StageConfig):
+    """Best-of-n and rejection sampling: from the stage sample's answers, those that are worth training on."""
+
+    stage: ClassVar[str] = "select"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "samples", "reward_model", "mesh")
+
+    samples: str = ""
+    """A sample stage's folder, drawn with chat=True and several samples a prompt."""
+    keep: Literal["best", "above"] = "best"
+    """best: of each prompt's n answers the one that scores highest; above: all that score `threshold` or more, each
+    text once a prompt."""
+    threshold: float | None = None
+    """above only: the least score."""
+    reward_model: str = ""
+    """A reward model made with the tokenizer and chat template of the model that answered; empty: verifiers alone."""
+    criteria: tuple[CriterionWeight, ...] = (CriterionWeight(name="overall"),)
+    """The reward model's criteria that count."""
+    verifiers: tuple[VerifierConfig, ...] = ()
+    """Programs whose scores are added."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices share the reward model's work."""
+
+    def __post_init__(self):
+        check(bool(self.samples), "samples", "is empty; a sample stage's folder is needed")
+        check(bool(self.reward_model or self.verifiers), "reward_model", "is empty, and there is no verifier either")
+        check(bool(self.criteria) or not self.reward_model, "criteria", "is empty; name at least one")
+        if self.keep == "above":
+            given = self.threshold is not None and math.isfinite(self.threshold)
+            check(given, "threshold", f"got {self.threshold}; keep='above' needs the least score to keep")
+        else:
+            check(self.threshold is None, "threshold", "is for keep='above'; the best of a prompt is kept at any score")

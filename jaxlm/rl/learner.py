@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.base import metrics, rng, sharding
-from jaxlm.base.arrays import Array, Float32
+from jaxlm.base.arrays import Array, Bool, Float32
 from jaxlm.base.metrics import Mean
 from jaxlm.model.weights import Definition, Params
 from jaxlm.rl import advantages as adv
@@ -34,9 +34,9 @@ class RLState(NamedTuple):
     policy: Any
     """TrainState"""
     value: Any
-    """TrainState of the value function; () with GRPO"""
+    """TrainState of the value function; () where there is none"""
     coefficient: Any
-    """float32 `[]`: PPO's KL penalty for the next rollout"""
+    """float32 `[]`: PPO's and REINFORCE++'s KL penalty for the next rollout"""
     kl: Any
     """float32 `[]`: the last rollout's KL to the reference, nats an answer"""
     skipped: Any
@@ -83,7 +83,7 @@ class Examples(NamedTuple):
     reference: Array
     values: Array
     advantages: Array
-    """float32 `[B, T]`"""
+    """float32 `[B, T]`; DPO's: 1 for the best answer to a prompt, -1 for the worst, 0 for others"""
     returns: Array
     """float32 `[B, T]`; PPO's"""
     mask: Array
@@ -101,7 +101,8 @@ Update = Callable[[TrainState, Any, Examples, dict[str, Array]], tuple[tuple[Tra
 
 
 def updates_a_rollout(config: RLConfig) -> int:
-    return config.passes * config.prompts * config.samples // config.minibatch_answers
+    answers = 2 if config.dpo else config.samples
+    return config.passes * config.prompts * answers // config.minibatch_answers
 
 
 class Learner:
@@ -127,7 +128,7 @@ class Learner:
             part = whole(jax.tree.map(lambda x: x[picked[0]], examples))
             return self.update(carry[0], carry[1], part, picked[1])
 
-        order = self._order(state.step)
+        order = self._order(state.step, examples)
         # Each update takes every U-th row: devices split their own.
         split = lambda x: x.reshape(-1, updates_a_rollout(self.config), *x.shape[1:]).swapaxes(0, 1)
         rows = jax.tree.map(split, pretraining)
@@ -160,38 +161,59 @@ class Learner:
             mask &= rollout.ended[:, None]
         else:
             scores = adv.missing_eos(scores, rollout.ended, config.missing_eos, config.missing_eos_amount)
-        returns = jnp.zeros_like(assessed.values)
+        if config.overlong_tokens:
+            scores += adv.overlong(rollout.answer_lengths, config.max_tokens, config.overlong_tokens)
+        gains, returns = self._advantages(state, assessed, scores, mask)
+        return Examples(rollout, assessed.logprobs, assessed.reference, assessed.values, gains, returns, mask)
+
+    def _advantages(
+        self, state: RLState, assessed: Assessed, scores: Float32[Array, "B"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
+        """(advantages, the value function's returns: zeros where there is none)."""
+        config = self.config
+        groups = scores.reshape(config.prompts, config.samples)
         if config.ppo is not None:
             rewards = adv.token_rewards(scores, assessed.logprobs, assessed.reference, mask, state.coefficient)
             gains, returns = adv.generalized_advantages(
                 rewards, assessed.values, mask, config.ppo.gamma, config.ppo.lam
             )
-            gains = adv.whitened(gains, mask)
+            return adv.whitened(gains, mask), returns
+        none = jnp.zeros_like(assessed.values)
+        if config.reinforce is not None:
+            if config.reinforce.baseline == "group":
+                scores = adv.group_advantages(groups, 0.0, scale=False).reshape(-1)
+            rewards = adv.token_rewards(scores, assessed.logprobs, assessed.reference, mask, state.coefficient)
+            return adv.whitened(adv.rewards_to_come(rewards, mask, config.reinforce.gamma), mask), none
+        if config.grpo is None:
+            gains = adv.best_and_worst(groups, jnp.any(mask, axis=1).reshape(groups.shape))
+        elif config.grpo.baseline == "leave_one_out":
+            gains = adv.leave_one_out(groups)
         else:
-            assert config.grpo is not None
-            groups = scores.reshape(config.prompts, config.samples)
-            if config.grpo.baseline == "leave_one_out":
-                gains = adv.leave_one_out(groups)
-            else:
-                gains = adv.group_advantages(groups, config.grpo.epsilon, scale=config.grpo.baseline == "group")
-            gains = jnp.broadcast_to(gains.reshape(-1, 1), mask.shape)
-        return Examples(rollout, assessed.logprobs, assessed.reference, assessed.values, gains, returns, mask)
+            gains = adv.group_advantages(groups, config.grpo.epsilon, scale=config.grpo.baseline == "group")
+        return jnp.broadcast_to(gains.reshape(-1, 1), mask.shape), none
 
-    def _order(self, step: Array) -> Array:
-        """int32 [updates, minibatch]: which answers each update takes; every pass takes all of them once."""
-        B = self.config.prompts * self.config.samples
+    def _order(self, step: Array, examples: Examples) -> Array:
+        """int32 [updates, minibatch]: which answers each update takes; every pass takes all of them once.
+
+        With DPO: those of all pairs, each one's best and worst answer side by side.
+        """
+        P, K = self.config.prompts, self.config.samples
+        units = jnp.arange(P * K)[:, None]
+        if self.config.dpo is not None:
+            signs = examples.advantages[:, 0].reshape(P, K)
+            units = K * jnp.arange(P)[:, None] + jnp.stack([jnp.argmax(signs, 1), jnp.argmin(signs, 1)], axis=1)
         passes = [
-            jax.random.permutation(rng.key(self.config.seed, "minibatches", step, number), B)
+            jax.random.permutation(rng.key(self.config.seed, "minibatches", step, number), units.shape[0])
             for number in range(self.config.passes)
         ]
-        return jnp.concatenate(passes).reshape(-1, self.config.minibatch_answers)
+        return units[jnp.concatenate(passes)].reshape(-1, self.config.minibatch_answers)
 
     def _coefficient(self, coefficient: Array, observed: Array) -> Array:
-        ppo = self.config.ppo
-        if ppo is None or ppo.kl.kind == "fixed":
+        penalty = self.config.penalty
+        if penalty is None or penalty.kind == "fixed":
             return coefficient
         answers = self.config.prompts * self.config.samples
-        turned = kl.adaptive(coefficient, observed, ppo.kl.target, ppo.kl.horizon, answers)
+        turned = kl.adaptive(coefficient, observed, penalty.target, penalty.horizon, answers)
         return jnp.where(jnp.isfinite(turned), turned, coefficient)
 
     def _measurements(
@@ -214,10 +236,13 @@ class Learner:
         off = jnp.abs(rollout.sampler_logprobs - assessed.logprobs)
         tokens = jnp.sum(mask.astype(jnp.float32))
         measured["rl/sampler_difference"] = Mean(jnp.sum(jnp.where(mask, off, 0.0)), tokens)
-        if self.config.grpo is not None:
+        if self.config.ppo is None and self.config.samples > 1:
             groups = scores.reshape(-1, self.config.samples)
             equal = jnp.all(groups == groups[:, :1], axis=1)
             measured["rl/equal_groups"] = metrics.scalar(jnp.mean(equal.astype(jnp.float32)))
+        if self.config.dpo is not None:
+            paired = jnp.any(examples.advantages[:, 0].reshape(-1, self.config.samples) > 0, axis=1)
+            measured["rl/equal_groups"] = metrics.scalar(1.0 - jnp.mean(paired.astype(jnp.float32)))
         if self.config.ppo is not None:
             sums = objectives.value_loss(assessed.values, assessed.values, examples.returns, examples.mask, 1.0)
             measured["rl/explained_variance"] = metrics.scalar(objectives.explained_variance(sums))
@@ -296,6 +321,17 @@ def policy_metrics(
         "rl/ratio": Mean(sums.ratio, sums.tokens),
         "rl/old_kl": Mean(sums.old_kl, sums.tokens),
         "rl/entropy": Mean(jnp.sum(jnp.where(mask, tokens.entropy, 0.0)), sums.tokens),
+    }
+
+
+def pair_metrics(sums: objectives.PairSums, tokens: forward.AnswerTokens, examples: Examples) -> dict[str, Mean]:
+    mask = examples.mask
+    off = objectives.policy_loss(tokens.logprobs, examples.logprobs, jnp.zeros_like(tokens.logprobs), mask, 1.0, 1.0)
+    measured = policy_metrics(off, tokens, mask, sums.loss, sums.pairs)
+    del measured["rl/clip_fraction"]
+    return measured | {
+        "rl/pair_margin": Mean(sums.margin, sums.pairs),
+        "rl/pair_accuracy": Mean(sums.correct, sums.pairs),
     }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,11 @@ from jaxlm.model.attention import chosen, fitting_length
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
+from jaxlm.rl import prompts
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
 from jaxlm.rl.learner import Models, updates_a_rollout, weighted
+from jaxlm.rl.rolling import CompletionLog
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.state import TrainState, abstract_rows, initial_state, state_shardings, with_shardings
 
@@ -50,22 +52,34 @@ class Directories:
             tokens = config.ppo.pretraining_rows * facts["row_length"] if config.ppo else 0
             if config.loss_chunk_tokens and tokens > config.loss_chunk_tokens and tokens % config.loss_chunk_tokens:
                 raise ConfigError("loss_chunk_tokens", f"{config.loss_chunk_tokens} does not divide {tokens} of rows")
-        if self.reward is None:
-            return self
-        criteria = self.reward.config.criteria
-        if not criteria:
-            raise UserError(f"reward_model: {config.reward_model} is a language model; the stage reward makes one")
-        for criterion in config.criteria:
-            if criterion.name not in criteria:
-                raise ConfigError(
-                    "criteria", f"the reward model has no {criterion.name!r}; it has {', '.join(criteria)}"
-                )
-        if self.reward.tokenizer().hash != self.policy.tokenizer().hash:
-            raise UserError("reward_model: was trained with another tokenizer than the policy's")
-        templates = [directory.chat_template() for directory in (self.policy, self.reward)]
-        if len({template.hash if template else "" for template in templates}) > 1:
-            raise UserError("reward_model: was trained with another chat template than the policy's")
+        if self.reward is not None:
+            template = self.policy.chat_template()
+            check_reward_model(
+                self.reward,
+                [criterion.name for criterion in config.criteria],
+                tokenizer=self.policy.tokenizer().hash,
+                template=template.hash if template else "",
+                whose="the policy's",
+            )
         return self
+
+
+def check_reward_model(
+    reward: ModelDirectory, criteria: Sequence[str], *, tokenizer: str, template: str, whose: str
+) -> None:
+    """Raises UserError where it is none, has not all the criteria, or reads text otherwise than by the tokenizer and
+    the chat template of these hashes; `whose` they are."""
+    known = reward.config.criteria
+    if not known:
+        raise UserError(f"reward_model: {reward.folder} is a language model; the stage reward makes one")
+    for name in criteria:
+        if name not in known:
+            raise ConfigError("criteria", f"the reward model has no {name!r}; it has {', '.join(known)}")
+    if reward.tokenizer().hash != tokenizer:
+        raise UserError(f"reward_model: was trained with another tokenizer than {whose}")
+    own = reward.chat_template()
+    if (own.hash if own else "") != template:
+        raise UserError(f"reward_model: was trained with another chat template than {whose}")
 
 
 def row_length(config: RLConfig, shape: ModelConfig, mesh: Mesh) -> int:
@@ -96,9 +110,15 @@ class Part:
     """A model that learns: its state's shapes and places, and the state with given first parameters."""
 
     def __init__(
-        self, definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+        self,
+        definition: Definition,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        ema: bool = False,
+        spike_window: int = 0,
     ):
-        self._make = functools.partial(initial_state, optimizer=optimizer, ema=ema)
+        self._make = functools.partial(initial_state, optimizer=optimizer, ema=ema, spike_window=spike_window)
         abstract = jax.eval_shape(self._make, definition.abstract())
         self.placed: TrainState = state_shardings(abstract, definition, mesh)
         self.abstract: TrainState = with_shardings(abstract, self.placed)
@@ -160,3 +180,18 @@ def pretraining_rows(config: RLConfig, mesh: Mesh, step: int, history: History) 
         own=sharding.own_rows(mesh, rows),
     )
     return (sharding.global_batch(mesh, batch, rows) for _, batch in loader.with_history(history).batches(step))
+
+
+def batches(config: RLConfig, asked: list[prompts.Prompt], mesh: Mesh) -> Any:
+    """The prompts of each step, and PPO-ptx's pretraining rows beside them."""
+    order = prompts.Order(asked, config.prompts, config.seed)
+    extra = config.grpo.extra_prompts if config.grpo else 0
+
+    def from_step(step: int, history: Any) -> Iterator[dict[str, Any]]:
+        CompletionLog(config.workdir, config.shown_completions).cut(step)
+        mixed = pretraining_rows(config, mesh, step, history)
+        for number, some in order.from_step(step):
+            rows = {"pretraining": next(mixed)} if mixed else {}
+            yield {"step": number, "prompts": some, "fresh": order.fresh(number, extra), "rows": rows}
+
+    return from_step

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.base.arrays import Array, Bool, Float, Int
 from jaxlm.base.config import check
+from jaxlm.reward.losses import pair_losses
 from jaxlm.rl.advantages import real
 from jaxlm.rl.kl import k1, k3, wide
 
@@ -32,7 +33,7 @@ class PolicySums(NamedTuple):
     clipped: Array
     """tokens whose gradient the clipping stops"""
     ratio: Array
-    """p / p_old; its mean is 1 in expectation under the old policy"""
+    """p / p_old, as the loss has it; a token's has mean 1 in expectation under the old policy"""
     squared_deviation: Array
     """(p / p_old - 1)²"""
     old_kl: Array
@@ -50,11 +51,15 @@ def policy_loss(
     clip_high: float | Array,
     *,
     weights: Float[Array, "B T"] | None = None,
+    sequence_ratio: bool = False,
 ) -> PolicySums:
     """PPO's clipped surrogate, -min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A) (arXiv:1707.06347, eq. 7).
 
     Only `logprobs` get a gradient. Outside of the clip it is exactly 0 where the minimum takes the clipped term: for
     A > 0 above 1 + clip_high, for A < 0 below 1 - clip_low. `weights`: from `normalizers`; without, each token's is 1.
+
+    `sequence_ratio`: each token has its answer's ratio, exp(mean over the answer's tokens of log p - log p_old); with
+    the weights of "sequence" and one advantage an answer that is GSPO's objective (arXiv:2507.18071, equations 5 to 7).
 
     The logarithm of the ratio is cut at `HIGHEST_LOG_RATIO`, from above alone: an infinite ratio would make 0 · inf =
     NaN with an advantage of 0, and in the gradient of every clipped token. Towards 0 nothing of the kind can happen.
@@ -62,7 +67,7 @@ def policy_loss(
     advantages = jax.lax.stop_gradient(real(advantages, mask))
     log_ratio = real(logprobs, mask) - jax.lax.stop_gradient(real(old_logprobs, mask))
     log_ratio = jnp.minimum(log_ratio, HIGHEST_LOG_RATIO)
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(answer_means(log_ratio, mask) if sequence_ratio else log_ratio)
     bound = jnp.where(advantages > 0, 1.0 + clip_high, 1.0 - clip_low)
     clipped = ((advantages > 0) & (ratio > bound)) | ((advantages < 0) & (ratio < bound))
     loss = -jnp.where(clipped, bound, ratio) * advantages
@@ -77,6 +82,12 @@ def policy_loss(
     )
 
 
+def answer_means(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Each answer's mean over its own tokens, at each of them; 0 elsewhere."""
+    tokens = jnp.maximum(jnp.sum(mask.astype(x.dtype), axis=1, keepdims=True), 1.0)
+    return jnp.where(mask, jnp.sum(real(x, mask), axis=1, keepdims=True) / tokens, 0.0)
+
+
 def kl_loss(
     logprobs: Float[Array, "B T"],
     reference: Float[Array, "B T"],
@@ -89,6 +100,43 @@ def kl_loss(
     check(estimator is not k1, "estimator", "k1 has no expected gradient in a loss; use k2 or k3, or k1 in the reward")
     each = estimator(real(logprobs, mask), jax.lax.stop_gradient(real(reference, mask)))
     return _total(each, mask, weights)
+
+
+class PairSums(NamedTuple):
+    """Sums over pairs of answers, scalars; all but `loss` are measurements, without gradient."""
+
+    loss: Array
+    """-log σ(β Δ); divide by `pairs`"""
+    margin: Array
+    """β Δ: the best answer's implicit reward minus the worst one's"""
+    correct: Array
+    """pairs whose best answer has the higher implicit reward"""
+    pairs: Array
+    """how many were counted"""
+
+
+def pair_loss(
+    logprobs: Float[Array, "B T"],
+    reference: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    signs: Float[Array, "B"],
+    beta: float,
+) -> PairSums:
+    """The DPO loss (arXiv:2305.18290, equation 7) of rows 2i and 2i + 1, the best and the worst answer to a prompt.
+
+    `signs` are `advantages.best_and_worst`'s: 1 and -1 for a pair, 0 and 0 where a prompt has none. Only `logprobs` get
+    a gradient.
+    """
+    ratios = jnp.sum(real(logprobs, mask) - jax.lax.stop_gradient(real(reference, mask)), axis=1)
+    rewards, weight = beta * ratios.reshape(-1, 2), signs[::2]
+    total = lambda each: jnp.sum(jnp.where(weight == 0, 0.0, weight * each))
+    margin = jax.lax.stop_gradient(rewards[:, 0] - rewards[:, 1])
+    return PairSums(
+        loss=total(pair_losses(rewards[:, 0], rewards[:, 1])),
+        margin=total(margin),
+        correct=total((margin > 0).astype(margin.dtype)),
+        pairs=total(jnp.ones_like(margin)),
+    )
 
 
 class ValueSums(NamedTuple):

@@ -97,10 +97,24 @@ class Order:
     def __init__(self, prompts: Sequence[Prompt], count: int, seed: int):
         self.prompts, self.count = prompts, count
         # As data/loader.py orders rows.
-        self._order = grain.MapDataset.range(len(prompts)).shuffle(seed=zlib.crc32(f"{seed}/prompts".encode())).repeat()
+        shuffled = lambda name: grain.MapDataset.range(len(prompts)).shuffle(seed=zlib.crc32(f"{seed}/{name}".encode()))
+        self._order, self._fresh = shuffled("prompts").repeat(), shuffled("fresh prompts").repeat()
 
     def at(self, step: int) -> list[Prompt]:
         return [self.prompts[cast(int, self._order[step * self.count + i])] for i in range(self.count)]
+
+    def fresh(self, step: int, count: int) -> list[Prompt]:
+        """`count` prompts that the step does not take, or as many as there are; in an order of their own."""
+        seen = {prompt.number for prompt in self.at(step)} if count else set()
+        found: list[Prompt] = []
+        for place in range(step * count, step * count + 2 * len(self.prompts)):  # holds a whole epoch
+            if len(found) == count:
+                break
+            prompt = self.prompts[cast(int, self._fresh[place])]
+            if prompt.number not in seen:
+                seen.add(prompt.number)
+                found.append(prompt)
+        return found
 
     def from_step(self, step: int) -> Iterator[tuple[int, list[Prompt]]]:
         while True:

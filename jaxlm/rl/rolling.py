@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,15 +16,42 @@ from jaxlm.base.metrics import Mean
 from jaxlm.model.weights import Params
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
+from jaxlm.rl.learner import RLState
 from jaxlm.rl.prompts import Prompt
 from jaxlm.rl.rewards import Judge
 from jaxlm.rl.rollout import Rollout
 from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.decoding import prepare
+from jaxlm.sample.repetition import repetition
 from jaxlm.sample.sampler import Completion, Sampler
+from jaxlm.train.loop import compiled_step
 from jaxlm.train.metrics_writer import cut_back
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
+from jaxlm.train.state import Program
+
+
+class Answered(NamedTuple):
+    """Prompts with the policy's answers and their scores: as many answers for each prompt as there are."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    scores: list[float]
+
+    @property
+    def samples(self) -> int:
+        return len(self.completions) // len(self.prompts)
+
+    def alike(self, group: int) -> bool:
+        """Whether all answers of a prompt got the same score."""
+        return len({*self.scores[group * self.samples : (group + 1) * self.samples]}) == 1
+
+    def put(self, group: int, other: "Answered", source: int) -> None:
+        """The other's prompt `source`, with all its answers, in place of the one of `group`."""
+        K = self.samples
+        self.prompts[group] = other.prompts[source]
+        self.completions[group * K : (group + 1) * K] = other.completions[source * K : (source + 1) * K]
+        self.scores[group * K : (group + 1) * K] = other.scores[source * K : (source + 1) * K]
 
 
 class Roller:
@@ -41,6 +68,47 @@ class Roller:
 
         An answer's random bits depend on (seed, step, prompt, sample) only.
         """
+        answered, seconds = self._answer(self._prepared(params), prompts, step, samples, seed, rows)
+        return self._gathered(answered, rows), answered.completions, self._measured(answered, seconds)
+
+    def roll_mixed(
+        self, params: Params, prompts: Sequence[Prompt], fresh: Sequence[Prompt], step: int
+    ) -> tuple[Rollout, list[Prompt], list[Completion], dict[str, Mean]]:
+        """(a training rollout, its prompts, completions, measurements), with dynamic sampling where there are `fresh`
+        prompts (DAPO, arXiv:2503.14476, section 3.2).
+
+        A prompt whose answers all have one score teaches nothing; its place goes to the next fresh prompt whose answers
+        differ. Fresh ones are asked, as many at a time as there are places, until all are filled or none is left.
+        """
+        config = self.config
+        rows = config.prompts * config.samples
+        prepared = self._prepared(params)
+        answer = lambda some: self._answer(prepared, some, step, config.samples, config.seed, rows)
+        answered, seconds = answer(prompts)
+        first = mean(answered.scores)
+        places = [group for group in range(len(prompts)) if answered.alike(group)]
+        asked = replaced = 0
+        while fresh and len(places) > replaced and asked < len(fresh):
+            more, further = answer(fresh[asked : asked + len(places) - replaced])
+            asked += len(more.prompts)
+            seconds = seconds[0] + further[0], seconds[1] + further[1]
+            for source in range(len(more.prompts)):
+                if not more.alike(source):
+                    answered.put(places[replaced], more, source)
+                    replaced += 1
+        measured = self._measured(answered, seconds)
+        if config.grpo is not None and config.grpo.extra_prompts:
+            counts = {"rl/extra_prompts": [asked], "rl/replaced_prompts": [replaced]}
+            measured |= {"rl/first_reward": first} | {name: mean(count) for name, count in counts.items()}
+        return self._gathered(answered, rows), answered.prompts, answered.completions, measured
+
+    def _prepared(self, params: Params) -> Params:
+        return prepare(self.sampler.source_config, params)
+
+    def _answer(
+        self, prepared: Params, prompts: Sequence[Prompt], step: int, samples: int, seed: int, rows: int
+    ) -> tuple[Answered, tuple[float, float]]:
+        """(answers with scores, seconds of drawing and of scoring)."""
         config = self.config
         began = time.monotonic()
         sampling = SamplingConfig(
@@ -51,7 +119,7 @@ class Roller:
             batch_rows=config.sample_rows or max(rows, 1),
         )
         completions = self.sampler.generate(
-            prepare(self.sampler.source_config, params),
+            prepared,
             [prompt.ids for prompt in prompts],
             sampling,
             step=step,
@@ -59,15 +127,20 @@ class Roller:
         )
         drawn = time.monotonic()
         # One process scores: a function that is not sure of its scores would give each process another rollout.
-        judge, gold = self.judge, self.gold
-        scores = from_first(lambda: judge.scores(prompts, completions))
-        measured = {"rl/repetition": mean([repetition(completion.ids) for completion in completions])}
+        scores = from_first(lambda: self.judge.scores(prompts, completions))
+        return Answered([*prompts], completions, scores), (drawn - began, time.monotonic() - drawn)
+
+    def _measured(self, answered: Answered, seconds: tuple[float, float]) -> dict[str, Mean]:
+        measured = {"rl/repetition": mean([repetition(completion.ids) for completion in answered.completions])}
+        began, gold = time.monotonic(), self.gold
         if gold is not None:
-            measured["rl/gold"] = mean(from_first(lambda: gold.scores(prompts, completions)))
-        measured["rl/rollout_seconds"] = mean([drawn - began])
-        measured["rl/reward_seconds"] = mean([time.monotonic() - drawn])
-        made = rollouts.gather(prompts, completions, scores, S=self.row_length, T=config.max_tokens, rows=rows)
-        return made, completions, measured
+            measured["rl/gold"] = mean(from_first(lambda: gold.scores(answered.prompts, answered.completions)))
+        measured["rl/rollout_seconds"] = mean([seconds[0]])
+        measured["rl/reward_seconds"] = mean([seconds[1] + time.monotonic() - began])
+        return measured
+
+    def _gathered(self, answered: Answered, rows: int) -> Rollout:
+        return rollouts.gather(*answered, S=self.row_length, T=self.config.max_tokens, rows=rows)
 
 
 def sampler_of(config: RLConfig, policy: ModelDirectory) -> Sampler:
@@ -95,21 +168,10 @@ def names(numbers: Sequence[int], prompts: int) -> list[int]:
     return made
 
 
-def mean(values: Sequence[float]) -> Mean:
+def mean(values: Sequence[int | float]) -> Mean:
     """Of numbers on the host."""
     total: Any = np.float32(sum(values)), np.float32(len(values))
     return Mean(*total)
-
-
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """The share of an answer's n-grams that stood in it before.
-
-    >>> repetition([1, 2, 1, 2, 1, 2], n=2)
-    0.6
-    """
-    grams = Counter(tuple(ids[at : at + n]) for at in range(len(ids) - n + 1))
-    total = grams.total()
-    return (total - len(grams)) / total if total else 0.0
 
 
 class CompletionLog:
@@ -159,3 +221,30 @@ class CompletionLog:
 def _number(value: Any) -> float | None:
     """As JSON has it: no NaN."""
     return round(float(value), 5) if math.isfinite(value) else None
+
+
+class Iteration:
+    """What the loop calls a step: draws answers, scores them, learns from them."""
+
+    def __init__(self, config: RLConfig, program: Program, roller: Roller, frozen: dict[str, Params]):
+        self.config, self.program, self.roller, self.frozen = config, program, roller, frozen
+        self.log = CompletionLog(config.workdir, config.shown_completions)
+        self.learn = compiled_step(program)
+
+    def __call__(self, state: RLState, batch: dict[str, Any]) -> tuple[RLState, dict[str, Mean]]:
+        config = self.config
+        made, asked, completions, measured = self.roller.roll_mixed(
+            state.policy.params, batch["prompts"], batch["fresh"], batch["step"]
+        )
+        began = time.monotonic()
+        given = batch["rows"] | {
+            "frozen": self.frozen,
+            "rollout": rollouts.place(made, self.program.abstract_batch["rollout"]),
+        }
+        state, learned, each = self.learn(state, given)
+        scores, drift = jax.device_get(each)
+        measured["rl/learning_seconds"] = mean([time.monotonic() - began])
+        step = batch["step"] + 1
+        if step % config.loop.log_every_steps == 0 or step == config.steps:
+            self.log.write(step, asked, completions, scores, drift)
+        return state, measured | learned

@@ -65,7 +65,8 @@ class SampleConfig(StageConfig):
     chat: bool = False
     """The prompts are a user's messages, to be answered through the chat template."""
     prompts_file: str = ""
-    """JSONL with a text under "prompt" in each line, other keys are kept; in place of `prompts`."""
+    """JSONL with a text under "prompt" in each line (with `chat`, or "messages"), other keys are kept; in place of
+    `prompts`."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are drawn."""
     mesh: MeshConfig = MeshConfig()

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
-from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource
+from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource, check_exclude
 from jaxlm.model.config import ModelConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
@@ -60,6 +60,12 @@ class PretrainConfig(StageConfig):
                 "accumulate",
                 f"{self.accumulate} pieces do not divide a batch of {self.batch_rows} rows",
             )
+        known = self.optimizer.kind not in ("lion", "sgd")
+        check(
+            known or self.schedule.peak > 0,
+            "schedule.peak",
+            f"is 0; give {self.optimizer.kind}'s: the depth has AdamW's",
+        )
         check(self.heldout_batches >= 0, "heldout_batches", f"got {self.heldout_batches}; 0 or more is needed")
         check(self.z_loss >= 0, "z_loss", f"got {self.z_loss}; 0 or more is needed")
         check(self.loss_chunk_tokens >= 0, "loss_chunk_tokens", f"got {self.loss_chunk_tokens}; 0 or more is needed")
@@ -72,6 +78,7 @@ class SFTConfig(StageConfig):
 
     stage: ClassVar[str] = "sft"
     runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "mesh", "loop", "loss_chunk_tokens")
+    changeable_fields: ClassVar[tuple[str, ...]] = ("exclude",)
 
     model: str = ""
     """The model to start from: a model directory, or a run's folder."""
@@ -83,6 +90,8 @@ class SFTConfig(StageConfig):
     """chatml, llama2, llama3, or the path of a Jinja file; empty: the model's own, and chatml where it has none."""
     pretraining: tuple[MixtureSource, ...] = ()
     """Folders of packed pretraining rows to mix in; weight: their rows for each row of chats."""
+    exclude: tuple[str, ...] = ()
+    """Rows of WORKDIR/rows and chats to leave out, such as row:12 or document:345 (see `pretraining.exclude`)."""
     row_length: int = 0
     """S: tokens a row; 0 takes the model's."""
     batch_rows: int = 16
@@ -124,6 +133,7 @@ class SFTConfig(StageConfig):
         )
         for field in ("row_length", "steps", "loss_chunk_tokens", "heldout_batches", "seed"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
+        check_exclude(self.exclude)
         check(self.epochs > 0, "epochs", f"got {self.epochs}; more than 0 is needed")
         check(self.schedule.peak > 0, "schedule.peak", "is 0; a learning rate is needed, such as 2e-5")
 

@@ -49,6 +49,8 @@ class Counts:
     tokens: int = 0
     """all but padding; the overlap of split documents' pieces is counted in both"""
     target_tokens: int = 0
+    lengths: dict[int, int] = dataclasses.field(default_factory=dict)
+    """documents of up to 16, 32, 64, … tokens, each among those of the least number that holds it"""
 
 
 def validate(config: PackConfig, device_count: int) -> None:
@@ -83,6 +85,7 @@ def main(config: PackConfig) -> dict[str, Any]:
             if not counts.rows:
                 raise UserError(f"{config.documents}: no {part} document fits into a row; raise row_length")
             facts[part] = dataclasses.asdict(counts) | {
+                "lengths": dict(sorted(counts.lengths.items())),
                 "padding_share": 1 - counts.tokens / (counts.rows * config.row_length),
                 "bytes_per_token": counts.bytes / counts.text_tokens,
             }
@@ -150,6 +153,8 @@ def _pieces(config: PackConfig, tokenizer: Tokenizer, part: Split, total: int, c
                 counts.dropped_documents += 1
                 continue
             counts.documents += 1
+            bound = 1 << max(4, (len(ids) - 1).bit_length())
+            counts.lengths[bound] = counts.lengths.get(bound, 0) + 1
             counts.split_documents += long
             counts.bytes += len(document.text.encode())
             counts.text_tokens += len(text)

@@ -23,6 +23,7 @@ from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Loader
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.replay.blackbox import BlackBox
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.train import losses
 from jaxlm.train import optimizer as optimizers
@@ -103,7 +104,7 @@ def train_step(
     # A batch without a target has a loss of 0 and a gradient of 0, and would still decay the weights: a bad step.
     good = jnp.isfinite(loss) & (targets > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    state, norms = apply_gradients(state, gradients, good, rate, optimizer, config.optimizer)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
     return state, measured | norms
 
 
@@ -114,7 +115,7 @@ def build(config: PretrainConfig, mesh: Mesh) -> Program:
     step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
     rows = abstract_rows(mesh, config.batch_rows, config.row_length)
     return make_program(
-        step, definition, optimizer, rows, mesh, ema=config.optimizer.ema > 0, start=from_seed(definition, config.seed)
+        step, definition, optimizer, rows, mesh, rule=config.optimizer, start=from_seed(definition, config.seed)
     )
 
 
@@ -158,6 +159,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             global_batch=config.batch_rows,
             seed=config.seed,
             own=sharding.own_rows(mesh, config.batch_rows),
+            exclude=[source.exclude for source in config.data],
         )
         announce(config, mesh)
         program = build(config, mesh)
@@ -183,6 +185,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             flops_per_token=flops_per_token(config.model, config.row_length),
             identity=run_identity(config, read_from, tokenizer=loader.tokenizer_hash),
             plateau=config.plateau,
+            black_box=BlackBox(config, program, loader.described),
             # The average is what becomes the model, so it is what is best or stops falling.
             best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
         )

@@ -12,9 +12,8 @@ the calibration, and the correlation of reward with length.
 
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,20 +23,21 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxlm.base import files, manifest, sharding
-from jaxlm.base.errors import ConfigError, JaxlmError, UserError
+from jaxlm.base.errors import ConfigError, JaxlmError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
-from jaxlm.feedback import rankings
-from jaxlm.feedback.records import RankingRecord, pairs_of
-from jaxlm.hub.find import find_model
+from jaxlm.feedback.records import RankingRecord
+from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
 from jaxlm.model.weights import Definition, Params, initialize
-from jaxlm.reward import figures, losses
-from jaxlm.reward.batches import PAIR_ARRAYS, Pair, Prompt, RankingBatches
+from jaxlm.preference import records
+from jaxlm.replay.blackbox import BlackBox
+from jaxlm.report import rankings as figures
+from jaxlm.reward import losses
+from jaxlm.reward.batches import PAIR_ARRAYS, Prompt, RankingBatches
 from jaxlm.reward.config import RewardConfig
 from jaxlm.reward.scoring import ROWS, mean_rewards, piece_sums, placed_batch, scores_of
-from jaxlm.text import readers, tally
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
 from jaxlm.train import optimizer as optimizers
@@ -61,91 +61,16 @@ def validate(config: RewardConfig, device_count: int) -> None:
 
 def inputs(config: RewardConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    model = find_model(config.model, "model")
-    read = {str(model): manifest.read(model).hash}
-    if epath.Path(config.chat_template).suffix:
-        read[config.chat_template] = files.sha256(config.chat_template)
-    return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
+    return inputs_of(config.model, config.chat_template, config.sources)
 
 
 def read_records(config: RewardConfig) -> dict[str, list[RankingRecord]]:
-    """Split → records. Raises Refused where too many are bad; those lie in WORKDIR/rejects.jsonl.gz."""
-    path = epath.Path(config.workdir) / "rejects.jsonl.gz"
-    found: dict[str, list[RankingRecord]] = {"train": [], "heldout": []}
-    tallies = {}
-    # Every process reads them, the first one writes.
-    with tally.rejects(path if jax.process_index() == 0 else epath.Path(os.devnull)) as rejects:
-        for source in config.sources:
-            records, tallies[source.name] = rankings.load(source, rejects)
-            found[source.split] += records
-    report = tally.report(tallies)
-    tally.refuse_bad(tallies, config.max_bad_share, path)
-    logger.info("rankings: read %d, kept %d, dropped %s", report["read"], report["kept"], report["dropped"])
-    both = {r.prompt_id for r in found["train"]} & {r.prompt_id for r in found["heldout"]}
-    if both:
-        raise UserError(f"sources: {len(both)} prompts are in train and in heldout, such as {sorted(both)[:3]}")
-    return found
+    """Split → records."""
+    return records.read_records(config.workdir, config.sources, config.max_bad_share)
 
 
-class Encoder:
-    """Records → prompts of token ids and weighted pairs."""
-
-    def __init__(self, config: RewardConfig, template: chat.ChatTemplate):
-        self.config, self.template = config, template
-        self.weights = {annotator.name: annotator.weight for annotator in config.annotators}
-        self.names: dict[str, list[str]] = {"annotator": [], "kind": []}
-        """What the numbers in pairs stand for."""
-
-    def prompts(
-        self, records: Sequence[RankingRecord], wanted: Callable[[str], bool], apart: bool = False
-    ) -> list[Prompt]:
-        """The prompts as the `wanted` annotators see them; `apart`: a pair of two annotators counts as two."""
-        return [self.prompt(record, wanted, apart) for record in records]
-
-    def prompt(self, record: RankingRecord, wanted: Callable[[str], bool], apart: bool) -> Prompt:
-        try:
-            messages = list(record.messages)
-            prefix = len(self.template.prompt(messages))
-            answers = [self.answer(messages, completion.content) for completion in record.completions]
-        except JaxlmError as error:
-            raise UserError(f"{record.where}: {error}") from None
-        place = {completion.id: number for number, completion in enumerate(record.completions)}
-        pairs = []
-        for number, criterion in enumerate(self.config.criteria):
-            weighted = losses.pair_weights(
-                (
-                    self.weights.get(annotation.annotator, 1.0),
-                    [(*pair, annotation.annotator if apart else "") for pair in pairs_of(annotation, criterion)],
-                )
-                for annotation in record.annotations
-                if wanted(annotation.annotator)
-            )
-            for (better, worse, distance, annotator), weight in weighted.items():
-                made_by = record.completions[place[worse]].policy or "unknown"
-                pairs.append(
-                    Pair(
-                        place[better],
-                        place[worse],
-                        number,
-                        weight,
-                        distance,
-                        margin=self.config.margin * distance,
-                        annotator=_index(self.names["annotator"], annotator),
-                        kind=_index(self.names["kind"], made_by),
-                    )
-                )
-        return Prompt(record.prompt_id, answers, pairs, prefix)
-
-    def answer(self, messages: list[Any], content: str) -> np.ndarray:
-        """The conversation with this answer, up to its stop token: what the template writes after it is no part."""
-        encoded = self.template.encode([*messages, {"role": "assistant", "content": content}])
-        return encoded.ids[: int(np.flatnonzero(encoded.targets)[-1]) + 1]
-
-
-def _index(names: list[str], name: str) -> int:
-    if name not in names:
-        names.append(name)
-    return names.index(name)
+def encoder_of(config: RewardConfig, template: chat.ChatTemplate) -> records.Encoder:
+    return records.Encoder(template, config.criteria, config.annotators, config.margin)
 
 
 def train_step(
@@ -167,7 +92,7 @@ def train_step(
     (loss, measured), gradients = gradients_in_pieces(objective, state.params, pieces, config.accumulate)
     good = jnp.isfinite(loss) & (batch["prompts"] > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    state, norms = apply_gradients(state, gradients, good, rate, optimizer, config.optimizer)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
     return state, measured | norms
 
 
@@ -219,7 +144,7 @@ def _build(config: RewardConfig, mesh: Mesh, model: ModelDirectory, scan_layers:
     batch = {name: x for name, x in abstract_rows(mesh, config.batch_rows, config.row_length).items() if name in ROWS}
     batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
     start = functools.partial(first_params, config, model, definition)
-    return make_program(step, definition, optimizer, batch, mesh, ema=config.optimizer.ema > 0, start=start)
+    return make_program(step, definition, optimizer, batch, mesh, rule=config.optimizer, start=start)
 
 
 class Heldout:
@@ -257,7 +182,7 @@ class Heldout:
         loss = sum(result[3] for result in found) / sum(float(result[0]["prompts"]) for result in found)
         return {"eval/loss": loss, "eval/pair_accuracy": figures.accuracy(pairs).share}
 
-    def report(self, state: TrainState, encoder: Encoder) -> dict[str, Any]:
+    def report(self, state: TrainState, encoder: records.Encoder) -> dict[str, Any]:
         """What `figures.report` says of all held-out pairs; empty without any."""
         found = [result[:3] for result in self.results(state)]
         return figures.report(*figures.gather(found), self.config.criteria, encoder.names) if found else {}
@@ -296,12 +221,9 @@ def main(config: RewardConfig) -> dict[str, Any]:
         read_from = inputs(config)
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
         require_model_fits(config.mesh, jax.device_count(), model.config)
-        records, encoder = read_records(config), Encoder(config, template)
-        apart = lambda name: name in config.heldout_annotators
-        together = encoder.prompts(records["train"], lambda name: not apart(name))
-        measured = encoder.prompts(records["heldout"], lambda name: True, apart=True)
-        measured += encoder.prompts(records["train"] if config.heldout_annotators else [], apart, apart=True)
-        reference = reference_answers(config, records["train"], together)
+        read, encoder = read_records(config), encoder_of(config, template)
+        together, measured = encoder.split(read, config.heldout_annotators)
+        reference = reference_answers(config, read["train"], together)
         batches = ranking_batches(config, together, mesh, config.accumulate)
         heldout = ranking_batches(config, measured, mesh, 0) if any(prompt.pairs for prompt in measured) else None
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
@@ -328,6 +250,7 @@ def main(config: RewardConfig) -> dict[str, Any]:
             flops_per_token=flops_per_token(shape, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
+            black_box=BlackBox(config, program),
             best_metric="eval/loss",
             headline=lambda v: f"loss {v['reward/loss']:.4f}  accuracy {v['reward/accuracy']:.3f}",
         )
@@ -379,12 +302,12 @@ def ranking_batches(config: RewardConfig, prompts: Sequence[Prompt], mesh: Mesh,
 
 
 def reference_answers(
-    config: RewardConfig, records: Sequence[RankingRecord], prompts: Sequence[Prompt]
+    config: RewardConfig, given: Sequence[RankingRecord], prompts: Sequence[Prompt]
 ) -> list[np.ndarray]:
     """The first answers of `reference_policy`, or of all, that fit into a row."""
     found = [
         answer
-        for record, prompt in zip(records, prompts, strict=True)
+        for record, prompt in zip(given, prompts, strict=True)
         for completion, answer in zip(record.completions, prompt.answers, strict=True)
         if config.reference_policy in ("", completion.policy) and len(answer) <= config.row_length
     ]

@@ -1,18 +1,18 @@
 """Reinforcement learning: an assistant and a reward model (or verifiers) → a policy that is rewarded more.
 
-    python -m jaxlm rl --config=configs/rl.py --workdir=runs/policy
+    python -m jaxlm rl --config=configs/ppo.py --workdir=runs/policy                       # or configs/grpo.py
 
 Every iteration draws answers to some prompts, scores them, and learns from them: with PPO (`ppo_step`; a value function
-that starts as the reward model, the KL to the reference in the reward) or with GRPO (`grpo_step`; an answer's baseline
-is its group, k3 to the reference in the loss). The reference is the policy as it began. Checkpoints lie at the ends of
-iterations. Results: WORKDIR/metrics.jsonl (rl/…), completions.jsonl (some answers of each rollout), reward_kl.png
-(reward and gold score against √KL) and model/.
+that starts as the reward model, the KL to the reference in the reward), with GRPO and its kin (`grpo_step`; an answer's
+baseline is its group, k3 to the reference in the loss), with REINFORCE++ (the same step; advantages over the whole
+rollout, the KL in the reward) or with online DPO (`dpo_step`; a prompt's best answer against its worst). The reference
+is the policy as it began. Checkpoints lie at the ends of iterations. Results: WORKDIR/metrics.jsonl (rl/…),
+completions.jsonl (some answers of each rollout), reward_kl.png (reward and gold score against √KL) and model/.
 """
 
 import functools
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model
 from jaxlm.model.weights import Params
 from jaxlm.rl import forward, objectives, prompts
-from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
 from jaxlm.rl.evaluation import evaluator
 from jaxlm.rl.figures import draw_frontier
@@ -36,6 +35,7 @@ from jaxlm.rl.learner import (
     Models,
     RLState,
     answer_tokens,
+    pair_metrics,
     policy_metrics,
     updates_a_rollout,
 )
@@ -43,20 +43,20 @@ from jaxlm.rl.models import (
     Directories,
     Part,
     abstract_batch,
+    batches,
     define_models,
     first_value,
     load_frozen,
-    pretraining_rows,
     row_length,
 )
 from jaxlm.rl.rewards import Judge
-from jaxlm.rl.rolling import CompletionLog, Roller, mean, sampler_of
+from jaxlm.rl.rolling import Iteration, Roller, sampler_of
 from jaxlm.text import readers
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import PlateauConfig
 from jaxlm.train.finish import stopped_early, write_model
-from jaxlm.train.loop import Task, compiled_step, run_identity, train
+from jaxlm.train.loop import Task, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, Shardings, TrainState
@@ -107,6 +107,7 @@ def ppo_step(
     """One update of policy and value function on a minibatch of answers; `rows`: of pretraining, for PPO-ptx."""
     ppo = config.ppo
     assert ppo is not None
+    assert models.value is not None
     # All tokens of the minibatch count alike.
     units = jnp.maximum(jnp.sum(examples.mask.astype(jnp.float32)), 1.0)
 
@@ -137,9 +138,13 @@ def ppo_step(
     numbers = loss, value_loss, optimizers.global_norm(gradients), optimizers.global_norm(value_gradients)
     good = jnp.all(jnp.isfinite(jnp.stack(numbers))) & jnp.any(examples.mask)
     rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
-    policy, norms = apply_gradients(policy, gradients, good, rate, policy_optimizer, config.optimizer)
-    value_rate = rate * ppo.value_rate
-    value, of_value = apply_gradients(value, value_gradients, good, value_rate, value_optimizer, ppo.value_optimizer)
+    skipped = policy.skipped
+    policy, norms = apply_gradients(
+        policy, gradients, loss, good, rate, policy_optimizer, config.optimizer, models.policy
+    )
+    good &= policy.skipped == skipped
+    rule = value_optimizer, ppo.value_optimizer, models.value
+    value, of_value = apply_gradients(value, value_gradients, value_loss, good, rate * ppo.value_rate, *rule)
     value_measured["rl/value_gradient_norm"] = of_value["train/gradient_norm"]
     return (policy, value), measured | value_measured | norms
 
@@ -154,8 +159,8 @@ def grpo_step(
     models: Models,
     policy_optimizer: Any,
 ) -> tuple[tuple[TrainState, tuple[()]], dict[str, Mean]]:
-    """One update of the policy on a minibatch of answers; there is no value function."""
-    grpo = config.grpo
+    """One update of the policy on a minibatch of answers; there is no value function. Also REINFORCE++'s."""
+    grpo = config.grpo or (config.reinforce and config.reinforce.loss)
     assert grpo is not None
     weights, units = objectives.normalizers(examples.mask, grpo.normalization, config.max_tokens)
     units = jnp.maximum(units, 1.0)
@@ -170,6 +175,7 @@ def grpo_step(
             grpo.clip,
             grpo.clip_high or grpo.clip,
             weights=weights,
+            sequence_ratio=grpo.ratio == "sequence",
         )
         drift = objectives.kl_loss(tokens.logprobs, examples.reference, examples.mask, weights=weights)
         total = sums.loss + grpo.kl_coefficient * drift
@@ -178,7 +184,38 @@ def grpo_step(
     (loss, measured), gradients = jax.value_and_grad(objective, has_aux=True)(policy.params)
     good = jnp.isfinite(loss) & jnp.any(examples.mask)
     rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
-    policy, norms = apply_gradients(policy, gradients, good, rate, policy_optimizer, config.optimizer)
+    policy, norms = apply_gradients(
+        policy, gradients, loss, good, rate, policy_optimizer, config.optimizer, models.policy
+    )
+    return (policy, value), measured | norms
+
+
+def dpo_step(
+    policy: TrainState,
+    value: tuple[()],
+    examples: Examples,
+    rows: dict[str, jax.Array],
+    *,
+    config: RLConfig,
+    models: Models,
+    policy_optimizer: Any,
+) -> tuple[tuple[TrainState, tuple[()]], dict[str, Mean]]:
+    """One update of the policy on a minibatch of pairs, the best and the worst answer to a prompt side by side."""
+    assert config.dpo is not None
+    beta, signs = config.dpo.beta, examples.advantages[:, 0]
+
+    def objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+        tokens = answer_tokens(config, models, models.policy, params, examples.rollout)
+        sums = objectives.pair_loss(tokens.logprobs, examples.reference, examples.mask, signs, beta)
+        units = jnp.where(sums.pairs == 0, 1.0, sums.pairs)
+        return sums.loss / units, pair_metrics(sums, tokens, examples)
+
+    (loss, measured), gradients = jax.value_and_grad(objective, has_aux=True)(policy.params)
+    good = jnp.isfinite(loss) & jnp.any(examples.mask)
+    rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
+    policy, norms = apply_gradients(
+        policy, gradients, loss, good, rate, policy_optimizer, config.optimizer, models.policy
+    )
     return (policy, value), measured | norms
 
 
@@ -199,8 +236,11 @@ def build(config: RLConfig, mesh: Mesh) -> Program:
 def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Program:
     models = define_models(config, directories, mesh)
     optimizer = optimizers.make_optimizer(config.optimizer, models.policy)
-    policy = Part(models.policy, optimizer, mesh, ema=config.optimizer.ema > 0)
-    step: Any = functools.partial(grpo_step, config=config, models=models, policy_optimizer=optimizer)
+    rule = config.optimizer
+    window = rule.spike_window if rule.spike_limit else 0
+    policy = Part(models.policy, optimizer, mesh, ema=rule.ema > 0, spike_window=window)
+    alone = dpo_step if config.dpo else grpo_step
+    step: Any = functools.partial(alone, config=config, models=models, policy_optimizer=optimizer)
     value = None
     if config.ppo is not None and models.value is not None:
         value_optimizer = optimizers.make_optimizer(config.ppo.value_optimizer, models.value)
@@ -224,7 +264,7 @@ def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Progra
             step=jnp.int32(0),
             policy=(),
             value=(),
-            coefficient=jnp.float32(config.ppo.kl.coefficient if config.ppo else 0.0),
+            coefficient=jnp.float32(config.penalty.coefficient if config.penalty else 0.0),
             kl=jnp.float32(0),
             skipped=jnp.int32(0),
         )
@@ -248,34 +288,6 @@ def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Progra
         shardings=Shardings(*placed),
         mesh=mesh,
     )
-
-
-class Iteration:
-    """What the loop calls a step: draws answers, scores them, learns from them."""
-
-    def __init__(self, config: RLConfig, program: Program, roller: Roller, frozen: dict[str, Params]):
-        self.config, self.program, self.roller, self.frozen = config, program, roller, frozen
-        self.log = CompletionLog(config.workdir, config.shown_completions)
-        self.learn = compiled_step(program)
-
-    def __call__(self, state: RLState, batch: dict[str, Any]) -> tuple[RLState, dict[str, Mean]]:
-        config, asked = self.config, batch["prompts"]
-        answers = config.prompts * config.samples
-        made, completions, measured = self.roller.roll(
-            state.policy.params, asked, batch["step"], samples=config.samples, seed=config.seed, rows=answers
-        )
-        began = time.monotonic()
-        given = batch["rows"] | {
-            "frozen": self.frozen,
-            "rollout": rollouts.place(made, self.program.abstract_batch["rollout"]),
-        }
-        state, learned, each = self.learn(state, given)
-        scores, drift = jax.device_get(each)
-        measured["rl/learning_seconds"] = mean([time.monotonic() - began])
-        step = batch["step"] + 1
-        if step % config.loop.log_every_steps == 0 or step == config.steps:
-            self.log.write(step, asked, completions, scores, drift)
-        return state, measured | learned
 
 
 def main(config: RLConfig) -> dict[str, Any]:
@@ -322,7 +334,7 @@ def main(config: RLConfig) -> dict[str, Any]:
             best_metric="",
             waits=True,
             evaluate_first=True,
-            headline=headline,
+            headline=lambda v: f"reward {v['rl/reward']:.3f}  KL {v['rl/kl']:.3f}  ended {v['rl/eos_rate']:.0%}",
             enough=lambda state: bool(config.kl_budget) and float(state.kl) > config.kl_budget,
         )
         outcome = train(task, config.loop, config.workdir, watchdog)
@@ -354,20 +366,3 @@ def main(config: RLConfig) -> dict[str, Any]:
             chat_template=template,
         )
     return summary
-
-
-def headline(values: dict[str, float]) -> str:
-    return f"reward {values['rl/reward']:.3f}  KL {values['rl/kl']:.3f}  ended {values['rl/eos_rate']:.0%}"
-
-
-def batches(config: RLConfig, asked: list[prompts.Prompt], mesh: Mesh) -> Any:
-    """The prompts of each step, and PPO-ptx's pretraining rows beside them."""
-    order = prompts.Order(asked, config.prompts, config.seed)
-
-    def from_step(step: int, history: Any) -> Iterator[dict[str, Any]]:
-        CompletionLog(config.workdir, config.shown_completions).cut(step)
-        mixed = pretraining_rows(config, mesh, step, history)
-        for number, some in order.from_step(step):
-            yield {"step": number, "prompts": some, "rows": {"pretraining": next(mixed)} if mixed else {}}
-
-    return from_step

@@ -8,20 +8,18 @@ table of all stages and with the samples.
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import rich.box
-import rich.table
 
 from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest
 from jaxlm.base.config import StageConfig
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
+from jaxlm.report import terminal
 from jaxlm.stages.config import RunConfig, stage_name
 
 Config = RunConfig
@@ -105,7 +103,7 @@ def move_aside(folder: Path) -> Path:
 
 def main(config: RunConfig) -> dict[str, Any]:
     """Runs the stages; returns stage name → its summary."""
-    from jaxlm.__main__ import load_stage, prepare_workdir
+    from jaxlm.__main__ import perform, prepare_workdir
 
     started = time.monotonic()
     try:
@@ -132,10 +130,11 @@ def main(config: RunConfig) -> dict[str, Any]:
         prepare_workdir(stage)
         logger.info("%s: starts in %s%s", name, stage.workdir, " where it was stopped" if state == "unfinished" else "")
         logging.start(stage.workdir)
-        summaries[name] = load_stage(stage.stage).main(stage)
+        summaries[name] = perform(stage)
     logging.start(config.workdir)
     write_manifest(config, stages, summaries)
-    show(config, stages, summaries, time.monotonic() - started)
+    samples = {stage_name(s): s.workdir for s in stages if s.stage == "sample" and stage_name(s) in summaries}
+    terminal.show_run(f"{config.workdir}: {time.monotonic() - started:.0f} s", summaries, samples)
     return summaries
 
 
@@ -149,32 +148,3 @@ def write_manifest(config: RunConfig, stages: list[StageConfig], summaries: dict
     facts = {"corpus": corpus, "stages": {name: found.facts["summary"] for name, found in made.items()}}
     inputs = {name: found.hash for name, found in made.items()}
     manifest.write(config.workdir, "run", contents=[], inputs=inputs, config=configs.identity(config), facts=facts)
-
-
-def show(config: RunConfig, stages: list[StageConfig], summaries: dict[str, Any], seconds: float) -> None:
-    """The table of stages, then three prompts with what each `sample` stage's model made of them."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"{config.workdir}: {seconds:.0f} s")
-    table.add_column("stage")
-    table.add_column("time", justify="right")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("result")
-    for name, summary in summaries.items():
-        rate = summary.get("tokens_per_second")
-        table.add_row(name, f"{summary['seconds']:.1f} s", f"{rate:,.0f}" if rate else "", summary["figure"])
-    logging.console.print(table)
-    samples = [stage for stage in stages if stage.stage == "sample" and stage_name(stage) in summaries]
-    said = {
-        stage_name(stage): [
-            json.loads(line) for line in (Path(stage.workdir) / "completions.jsonl").read_text("utf-8").splitlines()[:3]
-        ]
-        for stage in samples
-    }
-    for number in range(max(map(len, said.values()), default=0)):
-        for name, records in said.items():
-            # A text goes on where its prompt ends; beside others, each stands after its stage's name.
-            label, gap = (f"{name}: ", " ") if len(said) > 1 else ("", "")
-            for record in records[number : number + 1]:
-                logging.console.print(label, style="dim", end="", markup=False)
-                logging.console.print(record["prompt"], style="bold", end=gap, markup=False, emoji=False)
-                logging.console.print(record["text"], style="cyan", markup=False, emoji=False)
-        logging.console.print()

@@ -8,7 +8,8 @@ for each prompt and sample,
     {"prompt_id", "prompt", "sample", "text", "ids", "logprobs", "stop_reason"}
 
 with what else stood in the prompt's line of `prompts_file`. A line's "prompt_id" there (default: its number, from 0)
-names its random numbers.
+names its random numbers. With `chat`, a line may have "messages" in place of "prompt". The stage select takes the
+best of several samples.
 """
 
 import json
@@ -21,9 +22,11 @@ from etils import epath
 from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest, sharding
 from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.data import chats
 from jaxlm.hub.find import find_model
 from jaxlm.hub.language_model import load
 from jaxlm.sample.config import SampleConfig
+from jaxlm.text.clean import Reason
 
 Config = SampleConfig
 
@@ -56,7 +59,7 @@ def main(config: SampleConfig) -> dict[str, Any]:
     sampling = config.sampling
     if config.chat and lm.chat_template is None:
         raise ConfigError("chat", f"{config.model} has no chat template; it was not trained on chats")
-    asked = [[{"role": "user", "content": p["prompt"]}] if config.chat else p["prompt"] for p in prompts]
+    asked = [conversation(prompt) if config.chat else prompt["prompt"] for prompt in prompts]
     encoded = [lm.encode(prompt, f"prompts[{number}]") for number, prompt in enumerate(asked)]
     group = max(1, sampling.batch_rows // sampling.samples)
     completions = []
@@ -88,9 +91,21 @@ def main(config: SampleConfig) -> dict[str, Any]:
         contents=["completions.jsonl"],
         inputs=read_from,
         config=configs.identity(config),
-        facts={"completions": len(completions), "tokens": tokens, "summary": summary},
+        facts={
+            "completions": len(completions),
+            "tokens": tokens,
+            "samples": sampling.samples,
+            "tokenizer_hash": lm.tokenizer.hash,
+            "chat_template_hash": lm.chat_template.hash if config.chat and lm.chat_template else "",
+            "summary": summary,
+        },
     )
     return summary
+
+
+def conversation(record: dict[str, Any]) -> chats.Messages:
+    """What is to be answered in a prompt's (or a completion's) record."""
+    return record.get("messages") or [{"role": "user", "content": record["prompt"]}]
 
 
 def read_prompts(config: SampleConfig) -> list[dict[str, Any]]:
@@ -106,6 +121,11 @@ def read_prompts(config: SampleConfig) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON: {error}") from None
+        if config.chat and isinstance(record, dict) and "messages" in record:
+            messages = chats.messages_of({"messages": record["messages"]})
+            if isinstance(messages, Reason):
+                raise UserError(f"{path}:{number}: {messages.name.replace('_', ' ')}")
+            record["prompt"] = str(messages[-1].get("content"))
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{path}:{number}: has no text under "prompt"; {{"prompt": "..."}} is needed')
         name = record.setdefault("prompt_id", len(prompts))

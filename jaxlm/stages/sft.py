@@ -21,17 +21,17 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlm.base import files, manifest, sharding
+from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data import chats
 from jaxlm.data.loader import Loader
-from jaxlm.hub.find import find_model
+from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.replay.blackbox import BlackBox
 from jaxlm.stages.config import SFTConfig
-from jaxlm.text import readers
 from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
@@ -56,12 +56,8 @@ def validate(config: SFTConfig, device_count: int) -> None:
 
 def inputs(config: SFTConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    model = find_model(config.model, "model")
-    read = {str(model): manifest.read(model).hash}
-    read |= {source.path: manifest.read(source.path, "rows", "pretraining").hash for source in config.pretraining}
-    if epath.Path(config.chat_template).suffix:
-        read[config.chat_template] = files.sha256(config.chat_template)
-    return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
+    rows = {source.path: manifest.read(source.path, "rows", "pretraining").hash for source in config.pretraining}
+    return inputs_of(config.model, config.chat_template, config.sources) | rows
 
 
 def write_rows(config: SFTConfig, model: ModelDirectory, template: chat.ChatTemplate, row_length: int) -> None:
@@ -108,7 +104,7 @@ def train_step(
     (loss, measured), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
     good = jnp.isfinite(loss) & (targets > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    state, norms = apply_gradients(state, gradients, good, rate, optimizer, config.optimizer)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
     return state, measured | norms
 
 
@@ -125,7 +121,7 @@ def _build(config: SFTConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bo
     step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
     rows = abstract_rows(mesh, config.batch_rows, config.row_length)
     start = functools.partial(model.load_params, definition)
-    return make_program(step, definition, optimizer, rows, mesh, ema=config.optimizer.ema > 0, start=start)
+    return make_program(step, definition, optimizer, rows, mesh, rule=config.optimizer, start=start)
 
 
 def main(config: SFTConfig) -> dict[str, Any]:
@@ -149,6 +145,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             global_batch=config.batch_rows,
             seed=config.seed,
             own=sharding.own_rows(mesh, config.batch_rows),
+            exclude=[config.exclude, *(source.exclude for source in config.pretraining)],
         )
         if loader.tokenizer_hash != model.tokenizer().hash:
             raise UserError("pretraining: was packed with another tokenizer than the model's; pack it again")
@@ -176,6 +173,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             flops_per_token=flops_per_token(model.config, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
+            black_box=BlackBox(config, program, loader.described),
             best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
         )
         outcome = train(task, config.loop, config.workdir, watchdog)

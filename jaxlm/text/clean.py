@@ -8,7 +8,7 @@ Rules run in order and the first reason ends it, so that every document read is 
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxlm.text.config import PrepareConfig
@@ -90,3 +90,20 @@ def limit_length(text: str, low: int, high: int) -> str | Reason:
     if len(text) > high:
         return Reason("too_long")
     return text
+
+
+def parts(text: str, characters: int) -> Iterator[str]:
+    """The text, cut at blank lines (at line ends where a paragraph is longer) into parts of at most `characters`.
+
+    Only a line that is longer by itself makes a longer part. All parts joined are the text.
+    """
+    begun = ""
+    for paragraph in re.findall(r".*?(?:\n[^\S\n]*\n+|\Z)", text, re.DOTALL):
+        whole = len(paragraph) <= characters
+        for piece in [paragraph] if whole else paragraph.splitlines(keepends=True):
+            if begun and len(begun) + len(piece) > characters:
+                yield begun
+                begun = ""
+            begun += piece
+    if begun:
+        yield begun

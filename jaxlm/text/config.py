@@ -1,15 +1,12 @@
 """What `prepare` reads, and which documents it keeps."""
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from jaxlm.base.config import StageConfig, check
 from jaxlm.base.errors import ConfigError
 
-InstalledObjects = Literal["installed_chats", "installed_rankings", "installed_prompts", "installed_tasks"]
-Format = Literal[
-    "auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs", InstalledObjects
-]
+Format = Literal["auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs", "python"]
 Split = Literal["train", "heldout"]
 
 
@@ -20,17 +17,25 @@ class SourceConfig:
     name: str
     """Stands in the report and at the start of each document's id."""
     path: str = ""
-    """A file, a glob or a folder, local or remote; for tfds the dataset, such as wikipedia/20230601.en."""
+    """A file, a glob or a folder, local or remote; for tfds the dataset, such as wikipedia/20230601.en; for python your
+    own function, package.module:function."""
     format: Format = "auto"
-    """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects). installed_…
-    read `modules`: their documentation, or chats, rankings, prompts and tasks about it, whose split divides the
-    functions."""
+    """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects).
+    installed_docs is the documentation of `modules`. python calls function(modules, split), which yields objects, the
+    same ones each time."""
     split: Split = "train"
     """heldout is kept out of training: train documents that overlap with it are dropped."""
+    heldout_share: float = 0.0
+    """split train only: this share of its documents, drawn by their place, is held out all the same."""
+    part_characters: int = 0
+    """text and markdown only: a file is cut at blank lines into documents of about so many characters; 0: a file is a
+    document."""
     text_field: str = "text"
     """Name of the field or column that holds the text."""
+    language: str = ""
+    """Of its documents, such as en: evaluate shows figures by language."""
     modules: tuple[str, ...] = ()
-    """installed_… only: the modules whose documentation is read, such as json and numpy.linalg."""
+    """installed_docs and python only: the modules whose documentation is read, such as json and numpy.linalg."""
     tfds_split: str = "train"
     """tfds only: the dataset's own split, slices allowed, such as train[:10%]."""
     tfds_folder: str = ""
@@ -38,12 +43,20 @@ class SourceConfig:
 
     def __post_init__(self):
         check(bool(self.name) and "/" not in self.name, "name", f"got {self.name!r}; a name without / is needed")
-        if self.format.startswith("installed_"):
+        check(0 <= self.heldout_share < 1, "heldout_share", f"got {self.heldout_share}; from 0 to below 1 is needed")
+        check(not self.heldout_share or self.split == "train", "heldout_share", "the source is held out as a whole")
+        check(self.part_characters >= 0, "part_characters", f"got {self.part_characters}; 0 (off) or more is needed")
+        if self.format == "installed_docs":
             check(bool(self.modules), "modules", f"is empty; {self.format} needs at least one module")
             check(not self.path, "path", f"got {self.path!r}; {self.format} reads modules, not a path")
+            return
+        check(bool(self.path), "path", f"is empty; the format {self.format} needs a path")
+        if self.format == "python":
+            module, _, function = self.path.partition(":")
+            check(bool(module and function), "path", f"got {self.path!r}; package.module:function is needed")
         else:
-            check(bool(self.path), "path", f"is empty; the format {self.format} needs a path")
-            check(not self.modules, "modules", f"are read by the formats installed_… only, not by {self.format}")
+            formats = "the formats installed_docs and python"
+            check(not self.modules, "modules", f"are read by {formats} only, not by {self.format}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +85,9 @@ class PrepareConfig(StageConfig):
     def __post_init__(self):
         check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
         for source in self.sources:
-            if source.format in get_args(InstalledObjects):
-                problem = f"{source.name!r} has the format {source.format}, objects without a text"
-                raise ConfigError("sources", f"{problem}; documents are needed: installed_docs")
+            if source.format == "python":
+                problem = f"{source.name!r} has the format python, objects without a text"
+                raise ConfigError("sources", f"{problem}; documents are needed")
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:

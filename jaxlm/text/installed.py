@@ -63,18 +63,6 @@ def import_module(name: str, field: str) -> types.ModuleType:
         raise UserError(f"{field}: {name} cannot be imported ({type(error).__name__}: {error})") from error
 
 
-def whole_module(name: str, field: str) -> types.ModuleType:
-    """The module with what it only makes when asked for (concurrent.futures.ThreadPoolExecutor): otherwise it would
-    depend on what the process did before, what it offers."""
-    module = import_module(name, field)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in vars(module).get("__all__") or ():
-            with contextlib.suppress(Exception):  # foreign code
-                getattr(module, each)
-    return module
-
-
 def _of_module(module: types.ModuleType) -> Iterator[tuple[str, str]]:
     """(object's name, text) for each document of a module."""
     gathered = [_section(module.__name__, module)] if docstring(module) else []

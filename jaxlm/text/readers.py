@@ -8,29 +8,24 @@ A record that is bad by itself becomes a `Reason`; a file that is damaged as a w
 
 import gzip
 import importlib
+import inspect
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from jaxlm.base import files
 from jaxlm.base.errors import UserError, nearest
-from jaxlm.text import installed, questions
-from jaxlm.text.clean import Reason
+from jaxlm.text import installed
+from jaxlm.text.clean import Reason, parts
 from jaxlm.text.config import SourceConfig
 
 BLOCK = 1 << 18  # bytes read at a time
 TOO_LARGE = Reason("longer_than_max_record_bytes", bad=True)
 BROKEN_UTF8 = Reason("broken_utf8", bad=True)
 
-INSTALLED_OBJECTS = {
-    "installed_chats": questions.chats,
-    "installed_rankings": questions.rankings,
-    "installed_prompts": questions.prompts,
-    "installed_tasks": questions.tasks,
-}
 ENDINGS = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "text": (".txt",),
@@ -54,16 +49,19 @@ def read(source: SourceConfig, max_bytes: int) -> Iterator[Record]:
     if source.format == "installed_docs":
         for module, where, text in installed.documents(source.modules, f"sources.{source.name}.modules"):
             yield Record(where, text, "", module)
-    elif source.format in INSTALLED_OBJECTS:
-        problem = f"{source.format} gives objects, not texts; installed_docs gives the same modules' documentation"
-        raise UserError(f"sources.{source.name}.format: {problem}")
+    elif source.format == "python":
+        raise UserError(f"sources.{source.name}.format: python gives objects, not texts; give a file of texts")
     elif source.format == "tfds":
         yield from (Record(where, outcome, raw, source.name) for where, outcome, raw in _tfds(source))
     else:
         for path, reader in _files(source):
             try:
                 for number, (outcome, raw) in reader(path, source.text_field, max_bytes):
-                    yield Record(f"{path}:{number}", outcome, raw, source.name)
+                    if reader is _whole_file and source.part_characters and isinstance(outcome, str):
+                        for part, text in enumerate(parts(outcome, source.part_characters), 1):
+                            yield Record(f"{path}:{part}", text, "", source.name)
+                    else:
+                        yield Record(f"{path}:{number}", outcome, raw, source.name)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{path}: cannot be read to its end: {error}; is the file cut off?") from error
 
@@ -76,13 +74,11 @@ class ObjectRecord(NamedTuple):
 
 
 def read_objects(source: SourceConfig, max_bytes: int) -> Iterator[ObjectRecord]:
-    """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet, TFDS or `questions`."""
+    """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet, TFDS or a function."""
     if source.format == "installed_docs":
-        advice = f"{', '.join(INSTALLED_OBJECTS)} give objects about the same modules"
-        raise UserError(f"sources.{source.name}.format: installed_docs gives texts, not objects; {advice}")
-    if make := INSTALLED_OBJECTS.get(source.format):
-        for number, value in enumerate(make(source.modules, source.split, f"sources.{source.name}.modules"), 1):
-            yield ObjectRecord(f"{source.format}:{number}", value, "")
+        raise UserError(f"sources.{source.name}.format: installed_docs gives texts, not objects")
+    if source.format == "python":
+        yield from _made(source)
         return
     if source.format == "tfds":
         builder, records = _tfds_records(source)
@@ -112,11 +108,33 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _made(source: SourceConfig) -> Iterator[ObjectRecord]:
+    """What the user's function yields. Raises UserError, naming the source, for whatever it raises."""
+    make = _function(source)
+    try:
+        for number, value in enumerate(make(source.modules, source.split), 1):
+            good = value if isinstance(value, dict) else Reason("not_a_json_object", bad=True)
+            yield ObjectRecord(f"{source.path}:{number}", good, "" if good is value else repr(value))
+    except UserError as error:
+        raise UserError(f"sources.{source.name}.{error}") from error
+    except Exception as error:
+        raise UserError(f"sources.{source.name}.path: {source.path} raised {type(error).__name__}: {error}") from error
+
+
+def _function(source: SourceConfig) -> Callable[[Sequence[str], str], Iterable[dict[str, Any]]]:
+    """The function that a source of the format python names."""
+    module, _, name = source.path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"sources.{source.name}.path: {source.path} cannot be imported: {error}") from error
+
+
 def inputs(source: SourceConfig) -> dict[str, str]:
     """What the source consists of → a hash or version of each."""
-    if source.format.startswith("installed_"):
-        generator = {source.format: f"version {questions.VERSION}"} if source.format in INSTALLED_OBJECTS else {}
-        return generator | {f"installed:{module}": installed.version(module) for module in source.modules}
+    if source.format in ("installed_docs", "python"):
+        own = {source.path: files.sha256(inspect.getfile(_function(source)))} if source.format == "python" else {}
+        return own | {f"installed:{module}": installed.version(module) for module in source.modules}
     if source.format == "tfds":
         return {f"tfds:{source.path}": f"{_tfds_builder(source).info.full_name} {source.tfds_split}"}
     return {str(path): files.sha256(path) for path, _ in _files(source)}
@@ -157,10 +175,11 @@ def _kind(path: epath.Path) -> str:
 
 def _jsonl(path: epath.Path, text_field: str, max_bytes: int) -> Iterator[tuple[int, _Outcome]]:
     for number, value, raw in _jsonl_objects(path, max_bytes):
-        yield number, _with_raw(_text_of(value, text_field), raw)
+        yield number, _with_raw(text_of(value, text_field), raw)
 
 
-def _text_of(value: dict[str, Any] | Reason, text_field: str) -> str | Reason:
+def text_of(value: dict[str, Any] | Reason, text_field: str) -> str | Reason:
+    """The text of an object, or the reason why it has none."""
     if isinstance(value, Reason):
         return value
     return _checked(value[text_field]) if text_field in value else Reason("no_text_field", bad=True)
@@ -303,7 +322,7 @@ def _array_record_objects(path: epath.Path, max_bytes: int) -> Iterator[_Object]
 
 def _array_record(path: epath.Path, text_field: str, max_bytes: int) -> Iterator[tuple[int, _Outcome]]:
     for number, value, raw in _array_record_objects(path, max_bytes):
-        yield number, _with_raw(_text_of(value, text_field), raw)
+        yield number, _with_raw(text_of(value, text_field), raw)
 
 
 READERS: dict[str, _Reader] = {

@@ -15,6 +15,7 @@ from jaxtyping import Int32
 from jaxlm.base import files
 from jaxlm.base.errors import UserError
 from jaxlm.tokenizer.byte import ByteTokenizer
+from jaxlm.tokenizer.hugging_face import HuggingFaceTokenizer
 from jaxlm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
@@ -55,7 +56,7 @@ class Tokenizer(Protocol):
         ...
 
 
-KINDS = {kind.file_name: kind for kind in (SentencePieceTokenizer, ByteTokenizer)}
+KINDS = {kind.file_name: kind for kind in (SentencePieceTokenizer, ByteTokenizer, HuggingFaceTokenizer)}
 
 
 def load(path: epath.PathLike) -> Tokenizer:

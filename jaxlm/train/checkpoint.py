@@ -157,7 +157,7 @@ class Checkpointer:
             try:
                 manifest = self.manifest(candidate)
                 wanted = abstract_state(manifest.layout)
-                arrays = self._read(candidate, manifest, _by_path(wanted))
+                arrays = self.read_arrays(candidate, manifest, _by_path(wanted))
             except Damaged as damage:
                 logger.warning("checkpoint of step %d is DAMAGED: %s", candidate, damage)
                 continue
@@ -236,22 +236,24 @@ class Checkpointer:
             raise UserError(f"{self.folder}: no checkpoint of step {step}; there are {_listed(map(str, finished))}")
         return finished if step is None else [step]
 
-    def _read(self, step: int, manifest: StepManifest, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    def read_arrays(self, step: int, manifest: StepManifest, wanted: dict[str, Any]) -> dict[str, jax.Array]:
         folder = self.folder / str(step)
         other = [name for name in {**manifest.identity, **self.identity} if self._differs(manifest, name)]
         if other:
             raise UserError(f"{folder}: was made with another {' and '.join(other)}; use another workdir for this run")
-        _require_same(folder, manifest, wanted, self.layout)
+        older = manifest.format_version < 2  # `halt` came with format 2; the loop sets it whatever it was
+        later = {path: x for path, x in wanted.items() if older and path.split("/")[-1] == "halt"}
+        _require_same(folder, manifest, {path: x for path, x in wanted.items() if path not in later}, self.layout)
         error, arrays = None, {}
         try:
-            arrays = self._restore_arrays(folder / "state", wanted)
+            arrays = self._restore_arrays(folder / "state", wanted, made={*later})
         except Exception as cause:  # Damaged files surface as whatever the reader stumbled over.
             error = cause
         if not agreed(error is None):
             reason = _brief(error) if error else "another process could not read it; its log says why"
             raise Damaged(f"{folder}/state: cannot be read: {reason}")
         sums, _ = checksum.examine(arrays)
-        wrong = [path for path in wanted if list(sums[path]) != manifest.arrays[path]["checksum"]]
+        wrong = [path for path in manifest.arrays if list(sums[path]) != manifest.arrays[path]["checksum"]]
         if wrong:
             raise Damaged(f"{folder}/state: these arrays do not have the checksum that was saved: {_listed(wrong)}")
         return arrays
@@ -259,8 +261,9 @@ class Checkpointer:
     def _differs(self, manifest: StepManifest, name: str) -> bool:
         return manifest.identity.get(name) != self.identity.get(name)
 
-    def _restore_arrays(self, folder: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        filled = {path: x for path, x in wanted.items() if math.prod(x.shape)}
+    def _restore_arrays(self, folder: epath.Path, wanted: dict[str, Any], made: set[str]) -> dict[str, jax.Array]:
+        """`made`: of zeros, since they are not stored, like arrays without elements."""
+        filled = {path: x for path, x in wanted.items() if math.prod(x.shape) and path not in made}
         restore_args = {
             path: ocp.ArrayRestoreArgs(sharding=_sharding(x), global_shape=x.shape, dtype=x.dtype)
             for path, x in filled.items()

@@ -77,18 +77,29 @@ class WatchdogConfig:
 class OptimizerConfig:
     """Which rule updates the weights; the learning rate is the schedule's."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """muon orthogonalises the momentum of the inner matrices; embeddings, head and norms go to AdamW."""
+    kind: Literal["adamw", "muon", "soap", "lion", "adafactor", "sgd"] = "adamw"
+    """muon orthogonalises the momentum of the inner matrices, soap is Adam in an eigenbasis of their gradients
+    (arXiv:2409.11321): embeddings, head and norms go to AdamW. lion (arXiv:2302.06675: a third to a tenth of AdamW's
+    learning rate), adafactor (arXiv:1804.04235, section 4: of a matrix's second moment, rows and columns are kept; no
+    first moment; the learning rate is the schedule's) and sgd take all."""
     b1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay of the first moment of AdamW and SOAP, and of what Lion takes the sign of."""
     b2: float = 0.95
-    """Decay of AdamW's second moment; 0.95 forgets a bad batch ten times sooner than 0.999."""
+    """Decay of the second moment of AdamW and SOAP; 0.95 forgets a bad batch ten times sooner than 0.999."""
     epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Added to the root of that second moment."""
     weight_decay: float = 0.1
     """Decoupled decay, times the learning rate; norms have none."""
     muon_momentum: float = 0.95
     """Decay of Muon's momentum (Nesterov)."""
+    lion_momentum: float = 0.99
+    """Decay of Lion's momentum."""
+    sgd_momentum: float = 0.9
+    """Decay of SGD's sum of gradients; 0: the gradient itself."""
+    soap_refresh_steps: int = 10
+    """Steps between two turns of SOAP's eigenbases."""
+    soap_largest_side: int = 4096
+    """A longer side of a matrix keeps its own basis: that of a side of 4096 takes 2 x 64 MiB a layer."""
     embedding_rate: float = 1.0
     """Learning rate of an untied embedding over that of the rest: its rows have unit size at any width, and most
     batches have nothing for most of them (arXiv:2203.03466, table 3, has it constant where others fall with width)."""
@@ -96,13 +107,21 @@ class OptimizerConfig:
     """Largest global norm of the gradient; 0: no clipping."""
     ema: float = 0.0
     """Decay of the running average of the parameters; 0: none is kept."""
+    spike_limit: float = 0.0
+    """Skips a step whose loss or gradient norm lies above median + so many median absolute deviations of the last good
+    steps, such as 20; 0: only those that are not finite. `loop.max_skipped_steps` in a row end the run."""
+    spike_window: int = 128
+    """How many good steps that looks back on; before there are so many, no step is a spike."""
 
     def __post_init__(self):
-        for field in ("b1", "b2", "muon_momentum", "ema"):
+        for field in ("b1", "b2", "muon_momentum", "lion_momentum", "sgd_momentum", "ema"):
             value = getattr(self, field)
             check(0 <= value < 1, field, f"got {value}; a decay in [0, 1) is needed")
         check(self.embedding_rate > 0, "embedding_rate", f"got {self.embedding_rate}; a positive factor is needed")
         check(self.epsilon > 0, "epsilon", f"got {self.epsilon}; a positive number is needed")
+        check(self.spike_limit >= 0, "spike_limit", f"got {self.spike_limit}; 0 (off) or a positive number is needed")
+        for field in ("soap_refresh_steps", "soap_largest_side", "spike_window"):
+            check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
         check(self.weight_decay >= 0, "weight_decay", f"got {self.weight_decay}; 0 or more is needed")
         check(self.clip_norm >= 0, "clip_norm", f"got {self.clip_norm}; 0 (none) or a positive norm is needed")
 
@@ -153,7 +172,9 @@ class LoopConfig:
     evaluate_every_steps: int = 250
     """Held-out figures every so many steps, and at the end."""
     max_skipped_steps: int = 50
-    """So many steps in a row whose loss or gradient is not finite end the run; fewer are skipped and counted."""
+    """So many steps in a row whose loss or gradient is not finite, or a spike, end the run; fewer are skipped."""
+    black_boxes: int = 3
+    """The first so many bad steps are kept whole in WORKDIR/blackbox/STEP, for tools/replay.py; 0: none."""
     profile_steps: tuple[int, ...] = ()
     """First and last step of a profiler trace into tensorboard/."""
     stop_at_step: int = 0
@@ -165,6 +186,7 @@ class LoopConfig:
 
     def __post_init__(self):
         check(self.log_every_steps > 0, "log_every_steps", f"got {self.log_every_steps}; 1 or more is needed")
+        check(self.black_boxes >= 0, "black_boxes", f"got {self.black_boxes}; 0 or more is needed")
         check(self.max_skipped_steps > 0, "max_skipped_steps", f"got {self.max_skipped_steps}; 1 or more is needed")
         check(
             self.evaluate_every_steps > 0,

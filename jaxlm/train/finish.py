@@ -36,11 +36,13 @@ def write_model(
     told = {"steps": outcome.step, **facts, **outcome.evaluation}
     made_with: Any = dict(inputs=inputs, config=identity(config), facts=told)
     with jax.set_mesh(mesh):
-        model_directory.write(
+        written = model_directory.write(
             f"{config.workdir}/model", params, model, tokenizer, chat_template=chat_template, **made_with
         )
-    if jax.process_index() == 0:
-        manifest.write(config.workdir, "run", contents=["model"], **made_with)
+    if written is not None:  # on process 0
+        # Not the model's manifest, to which the gate adds its verdict.
+        contents = [f"model/{name}" for name in written.files]
+        manifest.write(config.workdir, "run", contents=contents, **made_with)
 
 
 def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.base import files, metrics, sharding
@@ -28,11 +29,13 @@ from jaxlm.model.config import ModelConfig
 from jaxlm.train import throughput
 from jaxlm.train.checkpoint import Checkpointer, Restored
 from jaxlm.train.config import LoopConfig, PlateauConfig
+from jaxlm.train.goodput import Ledger
 from jaxlm.train.metrics_writer import MetricsWriter
 from jaxlm.train.plateau import stopped_falling
 from jaxlm.train.processes import agreed
 from jaxlm.train.signals import Agreement, Stop, stop_on_signals
 from jaxlm.train.state import Program, convert_layout
+from jaxlm.train.throughput import Clock
 from jaxlm.train.watchdog import Watchdog
 
 
@@ -70,6 +73,8 @@ class Task:
     """a step's metrics → what the log says of them"""
     enough: Callable[[Any], bool] = lambda state: False
     """state → whether the run is over before its last step"""
+    black_box: Any = None
+    """a `replay.blackbox.BlackBox`, which keeps bad steps whole; None: they are only counted"""
 
 
 def global_batches(loader: Loader, mesh: Mesh) -> Callable[[int, mixture.History], Iterator[Any]]:
@@ -130,8 +135,19 @@ def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> O
         history = mixture.continued(restored.extra["mixture"] if restored else (), step, task.weights)
         if len(history) > 1:
             logger.info("the mixture's weights: %s", ", ".join(f"{w} from step {start}" for start, w in history))
-        writer = _on_all(lambda: MetricsWriter(workdir, step if restored else -1))
-        run = _Run(task, config, workdir, checkpoints, writer, watchdog, _Clock(task, peak), figures, history)
+        at = step if restored else -1
+        ledger, writer = _on_all(lambda: (Ledger(workdir, at, watchdog), MetricsWriter(workdir, at)))
+        run = _Run(
+            task,
+            config,
+            workdir,
+            checkpoints,
+            writer,
+            watchdog,
+            Clock(task.tokens_per_step, task.flops_per_token, peak, ledger),
+            figures,
+            history,
+        )
         try:
             return run.steps(state, step, last, stop)
         finally:
@@ -139,7 +155,7 @@ def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> O
             writer.close()
 
 
-def _on_all(make: Callable[[], MetricsWriter]) -> MetricsWriter:
+def _on_all(make: Callable[[], Any]) -> Any:
     """What `make()` gives; where it fails on one process, all end together instead of waiting for it."""
     made, error = None, None
     try:
@@ -148,7 +164,6 @@ def _on_all(make: Callable[[], MetricsWriter]) -> MetricsWriter:
         error = cause
     if not agreed(error is None):
         raise error or UserError("another process could not write; its log says why")
-    assert made is not None
     return made
 
 
@@ -175,7 +190,7 @@ class _Run:
         checkpoints: Checkpointer,
         writer: MetricsWriter,
         watchdog: Watchdog,
-        clock: "_Clock",
+        clock: Clock,
         figures: list[float | None],
         history: mixture.History,
     ):
@@ -185,8 +200,9 @@ class _Run:
         """The best-metric's value at each evaluation so far; None where it was not finite."""
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = -1
-        self.pending: tuple[int, dict[str, metrics.Mean]] | None = None
-        """A step's metrics, still on the devices: read one interval late, so that the loop never waits for them."""
+        self.pending: tuple[int, dict[str, metrics.Mean], jax.Array | int] | None = None
+        """A step's metrics, and the bad step after which its state stood still: still on the devices, read one interval
+        late, so that the loop never waits for them."""
         self.skipped, self.skipped_in_a_row, self.logged_at = 0, 0, 0
         self.tracing = False
 
@@ -197,6 +213,8 @@ class _Run:
         compiled = task.compile() if step < last else None
         agreement = Agreement(stop)
         self.skipped, self.logged_at = int(state.skipped), step
+        box = task.black_box
+        state = box.armed(state) if box and compiled else state
         batches = task.batches(step, self.history)
         clock = self.clock
         clock.restart(step)
@@ -215,19 +233,28 @@ class _Run:
                 state, measured = compiled(state, batch)
                 step += 1
                 bar.advance(1, clock.note)
-                if step % config.log_every_steps == 0 or step == task.steps:
-                    self._log()
-                    self.pending = (step, measured)
+                interrupted = agreement.reached() and step < last
+                evaluates = step % config.evaluate_every_steps == 0 or step == task.steps
+                saves = step % config.checkpoint.every_steps == 0 or step >= last or interrupted
+                logs = step % config.log_every_steps == 0 or step == task.steps
+                bad = logs and self._log()
+                if logs:  # the copy outlives the state, which the next step takes
+                    self.pending = (step, measured, jnp.copy(state.halt) if box else 0)
                     if task.waits:
                         self._log()
+                if box and (bad or ((evaluates or saves) and int(state.halt) > 0)):
+                    state = self._keep_bad_step(state, compiled)
+                    if (at := int(state.step)) < step:  # the steps after it have changed nothing: they are taken now
+                        step, batches = at, task.batches(at, self.history)
+                        clock.restart(step)
+                        continue
                 stopped = False
-                if step % config.evaluate_every_steps == 0 or step == task.steps:
+                if evaluates:
                     stopped = self._evaluate(state, step) and step < last
                     clock.restart(step)
                 stopped |= step < last and task.enough(state)
-                interrupted = agreement.reached() and step < last
                 finished = step >= last or stopped or interrupted
-                if step % config.checkpoint.every_steps == 0 or finished:
+                if saves or finished:
                     self._save(state, step, ended=stopped)
                     clock.restart(step)
                 if interrupted:
@@ -262,34 +289,46 @@ class _Run:
         """`ended`: the plateau was reached, so that starting again does not train on."""
         self.watchdog.enter("save")
         self._log()  # the lines up to the saved step are there before it is
+        self.clock.compare_hosts(step)
         metric = self.evaluation.get(self.task.best_metric) if self.evaluated_at == step else None
         extra = {"figures": self.figures, "ended": ended, "mixture": self.history}
         self.checkpoints.save(step, state, extra=extra, metric=metric)
 
-    def _log(self) -> None:
-        """Writes the metrics that were left on the devices an interval ago."""
+    def _keep_bad_step(self, state: Any, compiled: Any) -> Any:
+        """The state behind the bad step after which this one stands still."""
+        self._log()
+        self.watchdog.enter("save")
+        batch = next(self.task.batches(int(state.step) - 1, self.history))
+        return self.task.black_box.keep(state, compiled, batch, self.history)
+
+    def _log(self) -> bool:
+        """Writes the metrics that were left on the devices an interval ago; True when the state then stood still after
+        a bad step. What was measured later than that was measured of no step of the run."""
         if self.pending is None:
-            return
-        step, measured = self.pending
+            return False
+        step, measured, halted = self.pending
         self.pending = None
-        values = metrics.values(measured)
-        values |= self.clock.lap(step)
+        if 0 < int(halted) < step:
+            return True
+        values = self.clock.waiting(lambda: metrics.values(measured)) | self.clock.lap(step)
         self.writer.write(step, step * self.task.tokens_per_step, values)
         logger.info("step %d: %s  %s", step, self.task.headline(values), self.clock.note)
         self._count_skipped(step, int(values["train/skipped_steps"]))
+        return int(halted) > 0
 
     def _count_skipped(self, step: int, skipped: int) -> None:
         """Warns of skipped steps, and ends a run that does nothing else any more."""
         new, taken = skipped - self.skipped, step - self.logged_at
         self.skipped, self.logged_at = skipped, step
         if new:
-            logger.warning("step %d: %d steps skipped so far, their loss or gradient was not finite", step, skipped)
+            told = "their loss or gradient was not finite, or a spike"
+            logger.warning("step %d: %d steps skipped so far, %s", step, skipped, told)
         self.skipped_in_a_row = self.skipped_in_a_row + new if new == taken else 0
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise Refused(
                 f"{self.workdir}: the last {self.skipped_in_a_row} steps up to step {step} were all skipped: loss or "
-                "gradient is not finite any more; lower schedule.peak or optimizer.clip_norm, or start again in a new "
-                "workdir from an earlier checkpoint"
+                "gradient is not finite any more, or above optimizer.spike_limit; lower schedule.peak or "
+                "optimizer.clip_norm, or start again in a new workdir from an earlier checkpoint"
             )
 
     def _profile(self, step: int, state: Any) -> None:
@@ -318,41 +357,3 @@ class _Run:
             logger.error("step %d could not be saved; the newest checkpoint is step %s", step, saved)
         self._end_trace()
         return saved
-
-
-class _Clock:
-    """Speed between two readings of metrics.
-
-    A reading returns when its step has ended on the devices, so the time between two readings is the devices' own for
-    the steps between them, though the loop never waited for the newest one. Evaluation and saving restart the clock.
-    """
-
-    def __init__(self, task: Task, peak: float):
-        self.task, self.peak = task, peak
-        self.note = ""
-        self.restart(0)
-
-    def restart(self, step: int) -> None:
-        self.began, self.waited, self.at = time.monotonic(), 0.0, step
-
-    def wait_begins(self) -> None:
-        self.wait_began = time.monotonic()
-
-    def wait_ends(self) -> None:
-        self.waited += time.monotonic() - self.wait_began
-
-    def lap(self, step: int) -> dict[str, float]:
-        """The timing metrics of the steps up to `step`, whose end has just been seen."""
-        steps, seconds, waited = step - self.at, time.monotonic() - self.began, self.waited
-        self.restart(step)
-        if steps <= 0:
-            return {}
-        rate = steps * self.task.tokens_per_step / seconds
-        mfu = rate * self.task.flops_per_token / self.peak
-        self.note = f"{rate:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if math.isfinite(mfu) else "")
-        return {
-            "train/tokens_per_second": rate,
-            "train/step_seconds": seconds / steps,
-            "train/data_wait": waited / seconds,
-            "train/mfu": mfu,
-        }

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -117,6 +118,12 @@ def cut_back(path: Path, step: int) -> None:
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if len(kept) < len(lines):
         files.write_bytes(path, b"".join(kept))
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; none that is cut off."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
 
 
 def _step_of(line: bytes) -> int | None:

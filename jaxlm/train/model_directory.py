@@ -5,6 +5,7 @@
           params/model.safetensors.index.json     which tensor lies in which file
           tokenizer.model | byte_tokenizer.json
           chat_template.jinja                     of a model that was trained on chats
+          generation_config.json                  of an imported model: stop tokens, sampling defaults
           manifest.json                           a sha256 of each, written last
 
 The layout of the layers in memory (stacked for the scan or unrolled) is no part of it: either one reads what the other
@@ -70,6 +71,10 @@ class ModelDirectory:
             raise ConfigError("row_length", f"is 0, and {self.folder} does not say on what rows it was trained")
         return found
 
+    def context_tokens(self) -> int:
+        """Length of the rows it was trained on; 0 where the manifest does not say."""
+        return self.manifest.facts.get("row_length", 0)
+
     def load_params(self, definition: Definition, shardings: Any = None) -> Params:
         """The parameters in the definition's layout and types, read tensor by tensor.
 
@@ -78,11 +83,11 @@ class ModelDirectory:
         unknown, of another shape or not float32.
         """
         with contextlib.ExitStack() as opened:
-            tensors = self._open(opened)
+            tensors = self.open_tensors(opened)
             self._compare(definition, tensors)
-            return _build(definition, tensors, shardings)
+            return build(definition, tensors, shardings)
 
-    def _open(self, opened: contextlib.ExitStack) -> dict[str, Any]:
+    def open_tensors(self, opened: contextlib.ExitStack) -> dict[str, Any]:
         """Tensor name → its slice object in the mapped file: shape and type are known, nothing is read."""
         folder = self.folder / "params"
         if "://" in str(folder):  # files are mapped into memory, which takes local ones
@@ -91,8 +96,11 @@ class ModelDirectory:
                 (folder / name).copy(local / name)
             folder = local
         index = files.read_json(folder / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{self.folder}/params/{INDEX}: has no weight_map; was it edited?")
         tensors = {}
-        for file in sorted(set(index["weight_map"].values())):
+        for file in sorted(set(map(str, weight_map.values()))):
             if f"params/{file}" not in self.manifest.files:
                 raise UserError(f"{self.folder}/params/{INDEX}: names {file!r}, which the manifest does not list")
             try:
@@ -126,13 +134,14 @@ def write(
     config: Any,
     facts: Mapping[str, Any],
     chat_template: ChatTemplate | None = None,
+    others: Mapping[str, Any] | None = None,
 ) -> Manifest | None:
     """Writes a model directory, shard by shard; in a run of many processes, all call it and process 0 writes.
 
     `params` are float32 in either layout, sharded or not; Refused is raised when they are not finite. `inputs`,
     `config` and `facts` go to the manifest; `facts["row_length"]` tells later stages on how long rows the model was
-    trained. Returns the manifest (None on the other processes). A rewritten directory counts as unfinished until its
-    manifest is there.
+    trained. `others`: further JSON files, by name. Returns the manifest (None on the other processes). A rewritten
+    directory counts as unfinished until its manifest is there.
     """
     folder = epath.Path(folder)
     definition = define_model(model_config)
@@ -150,6 +159,8 @@ def write(
         tokenizers.save(tokenizer, folder)
         if chat_template is not None:
             files.write_bytes(folder / chat.FILE_NAME, chat_template.source.encode())
+        for name, values in (others or {}).items():
+            files.write_json(folder / name, values)
     weight_map = {}
     for number, names in enumerate(_shards(definition), 1):
         file = f"model-{number:05}.safetensors"
@@ -177,7 +188,7 @@ def read(folder: epath.PathLike, *, verify: bool = True, field: str = "") -> Mod
     if verify:
         manifest.verify(folder, found)
     values = files.read_json(folder / "config.json")
-    version = values.pop("format_version", None)
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder}/config.json: has format_version {version}, this jaxlm reads {FORMAT_VERSION}")
     return ModelDirectory(folder=folder, config=from_dict(ModelConfig, values, f"{folder}/config.json"), manifest=found)
@@ -234,7 +245,7 @@ def _fetch(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def _build(definition: Definition, tensors: Mapping[str, Any], shardings: Any) -> Params:
+def build(definition: Definition, tensors: Mapping[str, Any], shardings: Any) -> Params:
     """The parameter tree, each leaf made from the slices that its devices need."""
     params: Params = {}
     for path, declared in definition:

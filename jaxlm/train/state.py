@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -14,6 +15,8 @@ from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.weights import Definition, Params, initialize
 from jaxlm.train import optimizer as optimizers
+from jaxlm.train.config import OptimizerConfig
+from jaxlm.train.spikes import nothing_seen
 
 
 class TrainState(NamedTuple):
@@ -27,7 +30,12 @@ class TrainState(NamedTuple):
     ema: Params
     """running average of the parameters; an empty dict without one"""
     skipped: Array
-    """int32 `[]`: steps that changed nothing because loss or gradient was not finite"""
+    """int32 `[]`: steps that changed nothing because loss or gradient was not finite, or a spike"""
+    halt: Any = np.int32(-1)
+    """int32 `[]`: 0: stand still after a bad step, until the loop has looked (`replay/blackbox.py`); that step, while
+    it does; -1: never do"""
+    recent: Any = {}  # noqa: RUF012 (never changed in place)
+    """what the last good steps had (`spikes.py`); an empty dict where no step is judged by them"""
 
 
 class Shardings(NamedTuple):
@@ -56,7 +64,7 @@ def make_program(
     batch: dict[str, jax.ShapeDtypeStruct],
     mesh: Mesh,
     *,
-    ema: bool,
+    rule: OptimizerConfig,
     start: Callable[[Any], Params],
 ) -> Program:
     """The step with pinned shardings, of a state with this optimizer; nothing is computed or allocated here.
@@ -66,7 +74,7 @@ def make_program(
     """
 
     def initial(params: Params) -> TrainState:
-        return initial_state(params, optimizer, ema)
+        return initial_state(params, optimizer, rule.ema > 0, rule.spike_window if rule.spike_limit else 0)
 
     abstract = jax.eval_shape(initial, definition.abstract())
     placed = state_shardings(abstract, definition, mesh)
@@ -100,36 +108,38 @@ def abstract_rows(mesh: Mesh, rows: int, row_length: int) -> dict[str, jax.Shape
     return whole_numbers | {"loss_mask": make(jnp.bool_)}
 
 
-def initial_state(params: Params, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, ema: bool, spike_window: int = 0
+) -> TrainState:
     return TrainState(
         step=jnp.int32(0),
         params=params,
         optimizer=optimizers.init(optimizer, params),
         ema=jax.tree.map(jnp.copy, params) if ema else {},
         skipped=jnp.int32(0),
+        halt=jnp.int32(-1),
+        recent=nothing_seen(spike_window),
     )
 
 
 def state_shardings(state: Any, definition: Definition, mesh: Mesh) -> Any:
-    """Everything shaped like a weight lies as the weight does, the rest is replicated.
+    """What is kept for a weight lies as its declaration says (`optimizer.state_axes`), the rest is replicated.
 
-    A leaf belongs to the weight whose whole path ends its own: moments keep the parameters' paths.
+    A leaf belongs to the weight whose whole path stands in its own: moments keep the parameters' paths.
     """
-    placed = {path: (w.shape, s) for (path, w), s in zip(definition, _leaves(definition.shardings(mesh)), strict=True)}
+    definition.shardings(mesh)  # refuses what the mesh does not divide
+    declared = dict(definition.weights)
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        parts = tuple(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
         for start in range(len(names)):
-            shape, weight_sharding = placed.get(names[start:], ((), None))
-            if weight_sharding is not None and tuple(leaf.shape) == shape:
-                return weight_sharding
+            if names[start:] in declared:
+                axes = optimizers.state_axes(declared[names[start:]], parts, tuple(leaf.shape))
+                return NamedSharding(mesh, sharding.fitting_spec(mesh.shape, axes, leaf.shape))
         return sharding.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(find, state)
-
-
-def _leaves(shardings: Params) -> list[NamedSharding]:
-    return jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -18,9 +18,10 @@ from etils import epath
 
 from jaxlm.base import files
 from jaxlm.base.errors import UserError
+from jaxlm.base.manifest import has_types, inside
 from jaxlm.train.config import CheckpointConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the states had no `halt`
 # Files up to this size (Orbax's indices and metadata) carry a hash besides: their readers do not expect damage. Larger
 # ones are arrays, which have their checksums and would take long to read.
 HASHED_BYTES = 2**16
@@ -96,9 +97,12 @@ def read(folder: epath.Path) -> StepManifest:
         raise UserError(f"{path}: has format_version {version}, this jaxlm reads up to {FORMAT_VERSION}; update jaxlm")
     if values.pop("hash", None) != files.hash_json(values):
         raise Damaged(f"{path}: does not have the hash that it states; it was edited or is damaged")
+    known = {field.name for field in dataclasses.fields(StepManifest)}
+    if known != values.keys() or not has_types(StepManifest, values):
+        raise Damaged(f"{path}: is not a checkpoint's manifest")
     manifest = StepManifest(**values)
     for name, entry in manifest.files.items():
-        file = folder / name
+        file = inside(folder, name)
         if not file.exists():
             raise Damaged(f"{file}: is missing")
         if (found := file.stat().length) != entry["bytes"]:

@@ -10,9 +10,10 @@ import optax
 from jaxlm.base import metrics
 from jaxlm.base.arrays import Array, Bool, Float32
 from jaxlm.base.metrics import Mean
-from jaxlm.model.weights import Params
+from jaxlm.model.weights import Definition, Params
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import OptimizerConfig
+from jaxlm.train.spikes import is_spike, remembered
 from jaxlm.train.state import TrainState
 
 Objective = Callable[[Params, Any], tuple[jax.Array, dict[str, Mean]]]
@@ -41,31 +42,43 @@ def gradients_in_pieces(
 def apply_gradients(
     state: TrainState,
     gradients: Params,
+    loss: Float32[Array, ""],
     good: Bool[Array, ""],
     rate: Float32[Array, ""],
     optimizer: optax.GradientTransformation,
     config: OptimizerConfig,
+    definition: Definition,
 ) -> tuple[TrainState, dict[str, Mean]]:
     """The state after one more step: clipped gradients through the optimizer, and the average of the parameters.
 
-    A step that is not `good`, or whose gradient is not finite, changes nothing but the counts.
+    A step that is not `good`, whose gradient is not finite, or whose `loss` or gradient norm is a spike changes nothing
+    but the counts; after one, a state that can halt (`TrainState.halt`) changes no more until the loop has looked.
     """
     norm = optimizers.global_norm(gradients)
+    by_group = optimizers.norms_by_group(gradients, definition)
     good &= jnp.isfinite(norm)
+    now = jnp.stack([loss, norm])
+    if config.spike_limit:
+        good &= ~is_spike(state.recent, now, config.spike_limit)
+    halted = state.halt > 0
+    bad, good = ~(good | halted), good & ~halted
     gradients = optimizers.clip(gradients, norm, config.clip_norm)
     direction, optimizer_state = optimizers.direction(optimizer, gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, d: p + rate * d, state.params, direction)
     decay = config.ema
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else {}
     kept = TrainState(
-        step=state.step + 1,
+        step=state.step + jnp.where(halted, 0, 1),
         params=optimizers.where(good, params, state.params),
         optimizer=optimizers.where(good, optimizer_state, state.optimizer),
         ema=optimizers.where(good, ema, state.ema),
-        skipped=state.skipped + jnp.where(good, 0, 1),
+        skipped=state.skipped + jnp.where(bad, 1, 0),
+        halt=jnp.where(bad & (state.halt == 0), state.step + 1, state.halt),
+        recent=optimizers.where(good, remembered(state.recent, now), state.recent) if config.spike_limit else {},
     )
     return kept, {
         "train/gradient_norm": metrics.scalar(norm),
+        **{f"train/gradient_norm/{name}": metrics.scalar(part) for name, part in by_group.items()},
         "train/update_norm": metrics.scalar(rate * optimizers.global_norm(direction)),
         "train/parameter_norm": metrics.scalar(optimizers.global_norm(state.params)),
         "train/learning_rate": metrics.scalar(rate),

@@ -9,6 +9,7 @@ import pytest
 from jaxlm.__main__ import STAGES, config_class
 from jaxlm.base import config as configs
 from jaxlm.base.config import MeshConfig, StageConfig, check
+from jaxlm.base.config_files import load_config_file
 from jaxlm.base.errors import ConfigError, UserError
 
 
@@ -171,7 +172,7 @@ def test_broken_config_files_are_named_with_the_line(tmp_path, text, message):
     path = tmp_path / "x.py"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        configs.load_config_file(str(path))
+        load_config_file(str(path))
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
 

@@ -61,9 +61,11 @@ def test_paths_without_a_model_are_refused_with_what_is_there(run, tmp_path):
     with pytest.raises(UserError, match=r"without manifest.json is not finished"):
         (tmp_path / "params").mkdir()
         load(tmp_path)
-    with pytest.raises(UserError, match=r"is a Hugging Face directory \(LlamaForCausalLM\)"):
-        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    with pytest.raises(UserError, match=r"model_type 'mamba' is not understood"):
         load(tmp_path)
+    with pytest.raises(UserError, match=r"is a Hugging Face directory; .* python -m jaxlm import --source="):
+        find_model(tmp_path)
 
 
 def by_hand(lm, ids):

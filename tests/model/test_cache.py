@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import ModelConfig, RopeScaling
 from jaxlm.model.transformer import apply, define_model, empty_cache, for_inference
 from jaxlm.model.weights import initialize
 from jaxlm.sample.decoding import prepare
@@ -24,6 +24,33 @@ VARIANTS = {
         qk_norm=True,
         logit_soft_cap=2.0,
         attention_soft_cap=1.5,
+    ),
+    # As the families of jaxlm/hub/families.py have them: GPT-2, GPT-NeoX, Gemma 3, OLMo 2, SmolLM 3.
+    "layer norms, learned positions, biases": ModelConfig(
+        **BASE, norm="layer", learned_positions=16, biases=("qkv", "output", "mlp"), gated_mlp=False, activation="gelu"
+    ),
+    "parallel, partly turned": ModelConfig(
+        **BASE, norm="layer", parallel_mlp=True, rope_size=4, biases=("mlp",), activation="gelu_exact"
+    ),
+    "norms on both sides, two bases, scaled": ModelConfig(
+        **BASE,
+        norm_place="both",
+        norm_offset=True,
+        pattern=("local", "global"),
+        window=3,
+        rope_base_local=100.0,
+        rope_scaling=RopeScaling(kind="linear", factor=4.0),
+        query_scalar=5.0,
+    ),
+    "norms after, over all heads": ModelConfig(
+        **BASE, kv_heads=2, norm_place="after", qk_norm=True, qk_norm_over="all", biases=("output",)
+    ),
+    "some layers without positions, llama3": ModelConfig(
+        **BASE,
+        pattern=("global", "local_nope"),
+        window=4,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0, trained_positions=8),
+        biases=("qkv",),
     ),
 }
 

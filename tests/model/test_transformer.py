@@ -21,6 +21,27 @@ VARIANTS = {
     "local and global": dataclasses.replace(BASE, pattern=("local", "local", "global"), window=4),
     "soft caps, gelu": dataclasses.replace(BASE, logit_soft_cap=5.0, attention_soft_cap=3.0, activation="gelu"),
     "one kv head, head size of its own": dataclasses.replace(BASE, kv_heads=1, head_size=20),
+    "GPT-2's and GPT-NeoX's parts": dataclasses.replace(
+        BASE,
+        norm="layer",
+        biases=("qkv", "output", "mlp"),
+        gated_mlp=False,
+        parallel_mlp=True,
+        learned_positions=16,
+        activation="gelu_exact",
+    ),
+    "Gemma's, OLMo's and SmolLM's parts": dataclasses.replace(
+        BASE,
+        norm_place="both",
+        norm_offset=True,
+        qk_norm=True,
+        qk_norm_over="all",
+        query_scalar=5.0,
+        pattern=("local", "global_nope"),
+        window=4,
+        rope_base_local=50.0,
+        rope_size=4,
+    ),
 }
 variants = pytest.mark.parametrize("config", [c.complete() for c in VARIANTS.values()], ids=list(VARIANTS))
 

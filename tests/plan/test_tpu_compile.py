@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from jaxlm.__main__ import make_config
-from jaxlm.base import config as configs
 from jaxlm.base.config import MeshConfig
+from jaxlm.base.config_files import load_config_file
 from jaxlm.base.sharding import make_mesh
 from jaxlm.stages import pretrain
 
@@ -28,6 +28,8 @@ def compile_step(config, topology, mesh_config):
     from jax.experimental import topologies
 
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # There is no TPU to share: without it a second process that loads the library finds it locked.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(mesh_config, devices)
     with jax.set_mesh(mesh):
@@ -51,7 +53,7 @@ def memory(compiled) -> int:
 
 @pytest.fixture(scope="module")
 def demo():
-    run = configs.load_config_file("configs/demo.py")
+    run = load_config_file("configs/demo.py")
     config = next(stage for stage in run.stages if stage.stage == "pretrain")
     model = dataclasses.replace(config.model, vocab_size=4096).complete()
     return dataclasses.replace(config, model=model, row_length=256, batch_rows=32)

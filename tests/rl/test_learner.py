@@ -16,7 +16,7 @@ from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize
 from jaxlm.rl import forward
-from jaxlm.rl.config import CriterionWeight, GRPOConfig, KLConfig, PPOConfig, RLConfig
+from jaxlm.rl.config import CriterionWeight, GRPOConfig, KLConfig, OnlineDPOConfig, PPOConfig, ReinforceConfig, RLConfig
 from jaxlm.rl.learner import (
     Assessed,
     Learner,
@@ -138,6 +138,22 @@ def test_groups_are_the_answers_of_one_prompt():
         expected = [one, -one, -one, one, 0, 0, 0, 0]
         np.testing.assert_allclose(found.advantages, np.repeat(np.array(expected)[:, None], T, axis=1), atol=1e-6)
         assert (found.advantages[4:] == 0).all()
+
+
+def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt():
+    scores = [0.5, 0.9, 0.9, 0.1, 5, 5, 5, 5]
+    dpo = dict(ppo=None, dpo=OnlineDPOConfig())
+    found = examples_of(config(**dpo), scores)
+    assert found.advantages[:, 0].tolist() == [0, 1, 0, -1, 0, 0, 0, 0]
+    # An answer that was cut off can be made to be in no pair: of prompt 0 it is the second, of prompt 1 the third.
+    found = examples_of(config(**dpo, missing_eos="exclude"), scores)
+    assert found.advantages[:, 0].tolist() == [0, 0, 1, -1, 0, 0, 0, 0]
+    found = examples_of(config(**dpo, missing_eos="replace", missing_eos_amount=-1.0), scores)
+    assert found.advantages[:, 0].tolist() == [0, -1, 1, 0, 1, 0, -1, 0]
+    learner = Learner(config(**dpo, passes=3), Models(POLICY, POLICY, None, None), lambda *_: None)
+    order = learner._order(jnp.int32(2), examples_of(config(**dpo), scores))
+    assert order.shape == (updates_a_rollout(learner.config), 4) == (3, 4)
+    assert [sorted(map(tuple, row)) for row in np.asarray(order).reshape(3, 2, 2).tolist()] == [[(1, 3), (4, 4)]] * 3
 
 
 CUT = ~np.array(ENDED)
@@ -295,3 +311,32 @@ def test_rows_that_only_fill_a_batch_count_nowhere():
     assert figures["eval/kl"] == pytest.approx(0.2 * sum(LENGTHS[:5]) / 5)
     assert figures["eval/answer_tokens"] == sum(LENGTHS[:5]) / 5
     assert figures["eval/eos_rate"] == 0.8
+
+
+@pytest.mark.parametrize("baseline", ["none", "group"])
+def test_reinforce_takes_the_reward_to_come_over_the_whole_rollout(baseline):
+    asked = config(ppo=None, reinforce=ReinforceConfig(baseline=baseline, gamma=0.5), prompts=2)
+    scores = np.array([1.0, 0.0, 0.0, 1.0, 3.0, 1.0, 1.0, 1.0])
+    found = examples_of(asked, scores, assessed(-1.0, -1.3), coefficient=0.1)
+    if baseline == "group":
+        scores -= np.repeat([0.5, 1.5], K)
+    mask = np.arange(T)[None, :] < np.array(LENGTHS)[:, None]
+    raw = np.zeros((B, T))
+    for row, length in enumerate(LENGTHS):
+        later = 0.0
+        for t in reversed(range(length)):
+            later = -0.03 + (scores[row] if t == length - 1 else 0.0) + 0.5 * later
+            raw[row, t] = later
+    expected = (raw - raw[mask].mean()) / np.sqrt(raw[mask].var(ddof=1) + 1e-8)
+    np.testing.assert_allclose(np.asarray(found.advantages)[mask], expected[mask], atol=1e-5)
+    assert (np.asarray(found.advantages)[~mask] == 0).all()
+    assert (found.returns == 0).all()
+
+
+def test_long_answers_lose_softly_before_the_baseline_is_taken():
+    plain = examples_of(config(**grpo(baseline="mean")), np.zeros(B))
+    assert (plain.advantages == 0).all()
+    found = examples_of(config(**grpo(baseline="mean"), overlong_tokens=2), np.zeros(B))
+    lost = -np.clip((np.array(LENGTHS, np.float64) - 3) / 2, 0, 1).reshape(P, K)
+    expected = (lost - lost.mean(axis=1, keepdims=True)).reshape(-1)
+    np.testing.assert_allclose(found.advantages[:, 0], expected, atol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.base.errors import ConfigError
-from jaxlm.rl import kl, objectives
+from jaxlm.rl import advantages, kl, objectives
 
 # Compiled: all of them can be, and it is faster than operation by operation.
 policy_loss, value_loss = jax.jit(objectives.policy_loss), jax.jit(objectives.value_loss)
@@ -210,3 +210,24 @@ def test_the_temperature_may_be_traced_and_normalizers_compile():
     np.testing.assert_allclose(traced, objectives.token_logprobs(logits, ids, 0.7), rtol=1e-5)
     for of in KINDS.values():
         jax.tree.map(np.testing.assert_array_equal, jax.jit(of)(MASK), of(MASK))
+
+
+def test_pair_loss_by_hand(float64):
+    """Rewards of .1 a nat: differences of 0, 10 and 20 nats as in DESIGN, section 7, and a prompt that has no pair."""
+    ratios = np.array([0, 0, 7, -3, 20, 0, 1e3, -1e3])
+    mask = np.array([[True, True, False]] * 8)
+    reference = np.full((8, 3), -5.0)
+    logprobs = np.where(mask, reference + ratios[:, None] / 2, np.nan)
+    signs = np.array([1.0, -1, 1, -1, 1, -1, 0, 0])
+    given = map(jnp.asarray, (logprobs, reference, mask, signs))
+    sums = objectives.pair_loss(*given, 0.1)
+    np.testing.assert_allclose(sums.loss / sums.pairs, 0.377779, atol=1e-6)
+    np.testing.assert_allclose([sums.margin, sums.correct, sums.pairs], [3, 2, 3], atol=1e-6)
+
+
+def test_best_and_worst():
+    rewards = jnp.array([[0.2, 0.9, 0.1, 0.9], [1, 1, 1, 1], [1, 2, 3, 4], [1, 2, jnp.nan, 4], [7, 8, 9, 9]])
+    counted = jnp.array([[True] * 4, [True] * 4, [True, False, True, False], [True] * 4, [False, False, True, False]])
+    found = advantages.best_and_worst(rewards, counted)
+    expected = [[0, 1, -1, 0], [0, 0, 0, 0], [-1, 0, 1, 0], [np.nan] * 4, [0, 0, 0, 0]]
+    np.testing.assert_array_equal(found, expected)

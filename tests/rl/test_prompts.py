@@ -86,3 +86,17 @@ def test_a_steps_prompts_are_a_function_of_the_step(count):
     later = itertools.islice(prompts.Order(asked, count, seed=3).from_step(17), 2)
     assert list(later) == [(step, order.at(step)) for step in (17, 18)]
     assert [prompt.number for prompt in prompts.Order(asked, 40, seed=4).at(0)] != epochs[0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_fresh_prompts_are_none_of_the_steps_and_a_function_of_it(count):
+    asked = [prompts.Prompt(number, "", (1,), {}) for number in range(20)]
+    order = prompts.Order(asked, 6, seed=3)
+    for step in range(12):
+        fresh = [prompt.number for prompt in order.fresh(step, count)]
+        taken = {prompt.number for prompt in order.at(step)}  # 5 where an epoch begins with what the last one ended
+        assert len(fresh) == len(set(fresh)) == min(count, 20 - len(taken))
+        assert not taken & set(fresh)
+    assert order.fresh(9, count) == prompts.Order(asked, 6, seed=3).fresh(9, count)
+    assert order.fresh(9, 7) != order.fresh(10, 7)
+    assert order.fresh(9, 0) == []

@@ -130,6 +130,36 @@ def test_drawn_in_parts_the_answers_are_the_same(params):
     np.testing.assert_allclose(parts.sampler_logprobs, whole.sampler_logprobs, atol=1e-5)
 
 
+def depends(prompt: str, answer: str) -> float:
+    """Of two prompts all answers are worth the same."""
+    return 0.5 if prompt in ("a", "the") else share_of_letters(prompt, answer)
+
+
+def test_prompts_that_teach_nothing_give_their_place_to_fresh_ones(params):
+    score = VerifierConfig(kind="function", function=f"{__name__}:depends")
+    asked = config(verifiers=(score,), grpo=GRPOConfig(extra_prompts=3), prompts=2, minibatch_answers=8, seed=5)
+    roller = Roller(asked, Sampler(SHAPE, TOKENIZER), Judge((score,), ASKED, "verifiers"), None, 14)
+    a, of, the, word = ASKED
+    plain, _, completions, counted = roller.roll_mixed(params, [a, of], [], 3)
+    made, prompts, drawn, measured = roller.roll_mixed(params, [a, of], [the, word], 3)
+    # "the" is asked, since one place is free, and teaches nothing; then "word" takes the place of "a".
+    assert [prompt.text for prompt in prompts] == ["word", "of"]
+    values = {name: mean.value() for name, mean in measured.items() if "seconds" not in name}
+    assert (values["rl/extra_prompts"], values["rl/replaced_prompts"]) == (2, 1)
+    assert values["rl/first_reward"] == pytest.approx(np.mean(plain.scores), abs=1e-6)
+    assert drawn[4:] == completions[4:]
+    # Its answers are those that it gets in any company.
+    _, alone, _ = roller.roll(params, [word], 3, samples=4, seed=5, rows=8)
+    assert [c.ids for c in drawn[:4]] == [c.ids for c in alone]
+    np.testing.assert_array_equal(made.ids[4:], plain.ids[4:])
+    assert bytes(made.ids[0, 1:5].astype(np.uint8)) == b"word"
+    assert counted["rl/extra_prompts"].value() == counted["rl/replaced_prompts"].value() == 0
+    # Where too few differ, the places stay as they are.
+    _, prompts, drawn, measured = roller.roll_mixed(params, [a, of], [the], 3)
+    assert ([prompt.text for prompt in prompts], drawn) == (["a", "of"], completions)
+    assert (measured["rl/extra_prompts"].value(), measured["rl/replaced_prompts"].value()) == (1, 0)
+
+
 def test_with_a_templates_stop_token_eos_ends_nothing(params):
     made = Sampler(SHAPE, TOKENIZER, ends=[97]).generate(
         prepare(SHAPE, params), [ASKED[1].ids] * 8, SamplingConfig(max_tokens=40)

@@ -103,7 +103,7 @@ def lines_of(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def figures_of(workdir: str | Path) -> list[dict]:
     """metrics.jsonl without what only tells the time."""
-    timing = ("time", "train/tokens_per_second", "train/mfu", "train/data_wait")
+    timing = ("time", "train/tokens_per_second", "train/mfu", "train/data_wait", "train/goodput")
     kept = lambda name: name not in timing and not name.endswith("_seconds")
     return [{name: value for name, value in line.items() if kept(name)} for line in lines_of(workdir)]
 

@@ -1,4 +1,4 @@
-"""Step 0 of SFT, pair reward and DPO against TRL's own trainers, on the same tiny weights and token ids, in float32.
+"""Step 0 of SFT, pair reward and preferences against TRL's trainers, on the same tiny weights and ids, in float32.
 
 `tools/compare_trl.py` makes weights and data on both sides and says how TRL's numbers are made. Stored ones are
 compared always, fresh ones as well where JAXLM_TRL_PYTHON names a Python that has TRL.
@@ -25,11 +25,12 @@ from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
+from jaxlm.preference.batches import PreferenceBatches, Reference
+from jaxlm.preference.config import DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
+from jaxlm.preference.scoring import answer_logprobs
 from jaxlm.reward import batches
 from jaxlm.reward.config import RankingSource, RewardConfig
-from jaxlm.rl import forward
-from jaxlm.rl.rollout import Rollout
-from jaxlm.stages import reward, sft
+from jaxlm.stages import preference, reward, sft
 from jaxlm.stages.config import SFTConfig
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.state import initial_state
@@ -55,6 +56,45 @@ STORED: dict[str, dict[str, Any]] = {
         "policy rejected": [-18.526014, -50.466751, -29.316523, -22.615402],
         "reference chosen": [-33.147343, -11.365578, -24.574619, -10.399635],
         "reference rejected": [-16.550346, -44.347687, -24.97846, -21.24357],
+    },
+    "ipo": {
+        "loss": 19.934765,
+        "gradient_norm": 36.751869,
+        "mean chosen": -19.989113,
+        "mean rejected": -30.231173,
+    },
+    "dpo normalised": {
+        "loss": 0.66630399,
+        "gradient_norm": 0.20160253,
+        "mean chosen": -19.989113,
+        "mean rejected": -30.231173,
+    },
+    "kto": {
+        "loss": 0.51098013,
+        "gradient_norm": 0.27815494,
+        "mean chosen": -19.989113,
+        "mean rejected": -30.231173,
+        "kl": 0.0,
+    },
+    "kto turned": {
+        "loss": 0.6076231,
+        "gradient_norm": 0.28888771,
+        "mean chosen": -19.871794,
+        "mean rejected": -26.780016,
+        "kl": 2.1395068,
+    },
+    # Their log-probabilities are those of the mean token.
+    "orpo": {
+        "loss": 4.779552,
+        "gradient_norm": 3.5631092,
+        "mean chosen": -4.4185371,
+        "mean rejected": -4.4600677,
+    },
+    "simpo": {
+        "loss": 0.82702565,
+        "gradient_norm": 4.9581714,
+        "mean chosen": -4.4336891,
+        "mean rejected": -4.7718363,
     },
 }
 
@@ -116,9 +156,11 @@ def weights(model: str, shape: ModelConfig) -> tuple[Definition, Params]:
     return define_model(shape), layout.stack(params, shape)
 
 
-def first_step(stage: Any, config: Any, shape: ModelConfig, batch: dict[str, np.ndarray]) -> dict[str, float]:
+def first_step(
+    stage: Any, config: Any, shape: ModelConfig, batch: dict[str, np.ndarray], model: str = "policy"
+) -> dict[str, float]:
     """What the stage's own step measures."""
-    definition, params = weights("policy", shape)
+    definition, params = weights(model, shape)
     optimizer = optimizers.make_optimizer(config.optimizer, definition)
     step = functools.partial(stage.train_step, config=config, definition=definition, optimizer=optimizer)
     return values(jax.jit(step)(initial_state(params, optimizer, ema=False), batch)[1])
@@ -177,39 +219,85 @@ def test_pair_reward(trl, name, margins, centring):
     close(np.sqrt(measured["train/gradient_norm"] ** 2 - bias**2), trl[name]["gradient_norm"])
 
 
-def test_dpo(trl):
-    answers = [(one.prompt, one.chosen) for one in tool.PAIRS] + [(one.prompt, one.rejected) for one in tool.PAIRS]
-    S, T = max(len(prompt) + len(answer) for prompt, answer in answers), max(len(answer) for _, answer in answers)
-    rollout = Rollout(
-        ids=jnp.array([prompt + answer + [tool.PAD] * (S - len(prompt + answer)) for prompt, answer in answers]),
-        prompt_lengths=jnp.array([len(prompt) for prompt, _ in answers]),
-        answer_lengths=jnp.array([len(answer) for _, answer in answers]),
-        ended=jnp.ones(len(answers), bool),
-        scores=jnp.zeros(len(answers)),
-        sampler_logprobs=jnp.zeros((len(answers), T)),
+def preferences(pairs: list, method: dict[str, Any], reference: str) -> tuple[PreferenceConfig, dict[str, np.ndarray]]:
+    """The config, and a batch of the pairs, packed and in two pieces, with what the model `reference` says of them."""
+    prompts = [
+        batches.Prompt(
+            name=str(number),
+            answers=[np.array(one.prompt + answer, np.int32) for answer in (one.chosen, one.rejected)],
+            pairs=[batches.Pair(0, 1, criterion=0, weight=1.0)],
+            prefix=len(one.prompt),
+            targets=[np.arange(len(one.prompt + x)) >= len(one.prompt) for x in (one.chosen, one.rejected)],
+        )
+        for number, one in enumerate(pairs)
+    ]
+    config = PreferenceConfig(
+        model="unread",
+        sources=(RankingSource(name="unread", path="unread"),),
+        batch_rows=8,
+        batch_pairs=8,
+        accumulate=2,
+        loss_chunk_tokens=32,
+        **method,
     )
+    others = config.kto is not None
+    made = PreferenceBatches(prompts, others=others, rows=8, row_length=32, pairs=8, seed=0, pieces=2)
+    if config.has_reference:
+        values = [logprobs(reference, ids, targets) for ids, targets in zip(*answers_of(made, own=True), strict=True)]
+        strange = [logprobs(reference, ids, targets) for ids, targets in zip(*answers_of(made, own=False), strict=True)]
+        made.reference = Reference(np.array(values, np.float32), np.array(strange, np.float32))
+    batch = made.batch(0)
+    assert batch["prompts"] == len(pairs)
+    return config, batch
 
-    def summed(definition: Definition, params: Params) -> jax.Array:
-        logprobs = forward.answer_tokens(definition, params, rollout, 1.0).logprobs
-        return jnp.sum(jnp.where(rollout.answer_mask, logprobs, 0), axis=1)
 
-    def loss(params: Params, definition: Definition, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The DPO loss (arXiv:2305.18290, equation 7), and the policy's sums."""
-        sums = summed(definition, params)
-        chosen, rejected = jnp.split(sums - reference, 2)
-        return jnp.mean(jax.nn.softplus(-tool.BETA * (chosen - rejected))), sums
+def answers_of(made: PreferenceBatches, own: bool) -> tuple[list, list]:
+    """(ids, targets) of all answers, or of all that stand for answers to other prompts."""
+    found = [(p.answers, p.targets) for p in made.prompts] if own else made.others
+    return [x for ids, _ in found for x in ids], [x for _, targets in found for x in targets]
 
-    reference = jax.jit(summed, static_argnums=0)(*weights("reference", SHAPE))
-    definition, params = weights("policy", SHAPE)
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-    (value, policy), gradients = step(params, definition, reference)
-    expected = trl["dpo"]
-    for model, sums in (("policy", policy), ("reference", reference)):
-        chosen, rejected = np.split(np.asarray(sums), 2)
-        close(chosen, expected[f"{model} chosen"])
-        close(rejected, expected[f"{model} rejected"])
-        if model == "policy":  # the sums that its loss was made of, as the trainer logs them
-            close(chosen.mean(), expected["mean chosen"])
-            close(rejected.mean(), expected["mean rejected"])
-    close(value, expected["loss"])
-    close(optimizers.global_norm(gradients), expected["gradient_norm"])
+
+def logprobs(model: str, ids: np.ndarray, targets: np.ndarray) -> float:
+    """An answer's log-probability under the tool's weights, alone in its row."""
+    definition, params = weights(model, SHAPE)
+    row = expand([Piece(ids, 0, targets)], 32, tool.PAD)
+    rows = {name: jnp.asarray(x)[None, :] for name, x in row.items()}
+    return float(scored(definition, params, rows)[len(ids) - 1])
+
+
+scored = jax.jit(lambda definition, params, rows: answer_logprobs(params, rows, definition), static_argnums=0)
+
+
+PREFERENCES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "dpo": (dict(dpo=DPOConfig(beta=tool.BETA)), "policy", "reference"),
+    "ipo": (dict(dpo=DPOConfig(beta=tool.BETA, loss="ipo", length_normalised=True)), "policy", "reference"),
+    "dpo normalised": (dict(dpo=DPOConfig(beta=tool.BETA, length_normalised=True)), "policy", "reference"),
+    "kto": (dict(kto=KTOConfig(beta=tool.BETA, undesirable_weight=tool.UNDESIRABLE)), "policy", "reference"),
+    "kto turned": (dict(kto=KTOConfig(beta=tool.BETA, undesirable_weight=tool.UNDESIRABLE)), "reference", "policy"),
+    "orpo": (dict(orpo=ORPOConfig(weight=tool.ODDS_WEIGHT)), "policy", ""),
+    "simpo": (dict(simpo=SimPOConfig(beta=tool.SIMPO_BETA, margin=tool.SIMPO_MARGIN)), "policy", ""),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences(trl, name):
+    method, policy, reference = PREFERENCES[name]
+    config, batch = preferences(tool.EVEN_PAIRS if name == "orpo" else tool.PAIRS, method, reference)
+    measured = first_step(preference, config, SHAPE, batch, model=policy)
+    close(measured["preference/loss"], trl[name]["loss"])
+    close(measured["train/gradient_norm"], trl[name]["gradient_norm"])
+    if config.has_reference:
+        close(measured["preference/chosen_logprob"], trl[name]["mean chosen"])
+        close(measured["preference/rejected_logprob"], trl[name]["mean rejected"])
+    if config.kto:
+        close(max(measured["preference/kl"], 0.0), trl[name]["kl"])
+
+
+def test_log_probabilities_of_answers(trl):
+    for model in ("policy", "reference"):
+        for side in ("chosen", "rejected"):
+            found = []
+            for one in tool.PAIRS:
+                ids = np.array(one.prompt + getattr(one, side))
+                found.append(logprobs(model, ids, np.arange(len(ids)) >= len(one.prompt)))
+            close(found, trl["dpo"][f"{model} {side}"])

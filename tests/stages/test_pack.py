@@ -92,6 +92,10 @@ def test_russian_goes_from_documents_to_rows_and_back(russian_documents, tmp_pat
     assert sorted(found) == list(range(train["documents"]))
     assert target_bytes == train["bytes"] == sum(len(text.encode()) for text in texts.values())
     assert targets == train["target_tokens"] == train["text_tokens"] + train["documents"]  # each text token, each </s>
+    sizes = [len(vocabulary.encode(text)) + 2 for text in texts.values()]  # <s> and </s>
+    bounds = [int(bound) for bound in train["lengths"]]
+    assert bounds == sorted(bounds)
+    assert [*train["lengths"].values()] == [sum((b // 2 if b > 16 else 0) < n <= b for n in sizes) for b in bounds]
     assert train["padding_share"] < 0.03
     assert train["split_documents"] == sum(len(pieces) > 1 for pieces in found.values()) > 0
     assert train["bytes_per_token"] == pytest.approx(train["bytes"] / train["text_tokens"])

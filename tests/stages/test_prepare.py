@@ -7,7 +7,7 @@ import string
 import pytest
 
 from jaxlm.base import manifest
-from jaxlm.base.errors import Refused, UserError
+from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.stages import prepare
 from jaxlm.text.config import PrepareConfig, SourceConfig
 from jaxlm.text.documents import read
@@ -141,3 +141,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"out: cannot be written"):
         run(tmp_path, sources=sources(tmp_path, [OWN]))
+
+
+def test_a_share_of_a_source_is_held_out(tmp_path):
+    texts = [OWN + str(n) for n in range(400)]
+    source = SourceConfig(name="own", path=write_lines(tmp_path / "a.jsonl", [*texts, "short"]), heldout_share=0.1)
+    run(tmp_path, sources=(source,), ngram_words=0)
+    kept = {split: [d.text for d in read(tmp_path / "out", split)] for split in ("train", "heldout")}
+    assert 25 < len(kept["heldout"]) < 60  # of 400: 40 ± 6
+    assert sorted(kept["train"] + kept["heldout"]) == sorted(texts)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["read"], report["kept"], report["dropped"]) == (401, 400, {"too_short": 1})
+    # More of it are held out with a larger share; those that were stay so.
+    wider = SourceConfig(name="own", path=source.path, heldout_share=0.3)
+    run(tmp_path, sources=(wider,), ngram_words=0)
+    assert {d.text for d in read(tmp_path / "out", "heldout")} > set(kept["heldout"])
+    with pytest.raises(ConfigError, match="heldout_share: the source is held out as a whole"):
+        SourceConfig(name="own", path="x", split="heldout", heldout_share=0.1)

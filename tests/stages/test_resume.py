@@ -1,7 +1,12 @@
 """A run that is killed is the same as one that never was: all bits of the state, and of the metrics file."""
 
+import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from stage_runs import Runner, assert_same_run, lines_of
@@ -50,12 +55,20 @@ def never_stopped(runner):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_is_the_same_as_never_killed(runner, never_stopped):
-    workdir = runner.root / "killed"
-    runner.kill(workdir, 10, seed=7, lines=(-8, 14))
-    runner.run(workdir)
-    assert_same_run(workdir, never_stopped, STEPS, KINDS)
-    assert (workdir / "model/params").exists()
+def test_killed_where_it_hurts_is_the_same_as_never_killed(runner, never_stopped):
+    """tools/torture.py: a kill in each of its places, in the middle of a step, a save, a load."""
+    tool = Path(__file__).parent.parent.parent / "tools/torture.py"
+    options = ["--kills=10", "--seed=7", f"--whole={never_stopped}", f"--workdir={runner.root}/torture"]
+    command = [sys.executable, str(tool), "pretrain", f"--config={runner.config}", *options]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^all +10 +10 +0$", done.stdout, re.MULTILINE)
+    for place in ("start", "step", "loader", "save, arrays", "save, manifest", "save, retention", "metrics"):
+        assert re.search(rf"^{place} +[1-9]", done.stdout, re.MULTILINE), done.stdout
+    killed = max((runner.root / "torture").glob("killed-*/"), key=lambda path: path.name)
+    assert_same_run(killed, never_stopped, STEPS, KINDS)
+    assert (killed / "model/params").exists()
 
 
 @pytest.mark.slow

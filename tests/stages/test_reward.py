@@ -92,8 +92,8 @@ def loaded(config):
 
 def rewards(config, answers: list[str]) -> np.ndarray:
     directory, definition, params = loaded(config)
-    encoder = reward.Encoder(config, directory.chat_template())
-    ids = [encoder.answer([{"role": "user", "content": "say 3"}], answer) for answer in answers]
+    encoder = reward.encoder_of(config, directory.chat_template())
+    ids = [encoder.answer([{"role": "user", "content": "say 3"}], answer)[0] for answer in answers]
     return np.array([mean_rewards(definition, params, [one], 256, 1) for one in ids])
 
 
@@ -122,9 +122,12 @@ def test_the_mean_of_the_reference_answers_is_0_after_reading_back(config):
     facts = directory.manifest.facts
     assert abs(facts["mean_before_centring"][0]) > 1e-2
     records = [json.loads(line) for line in Path(config.sources[0].path).read_text().splitlines()]
-    encoder = reward.Encoder(config, directory.chat_template())
+    encoder = reward.encoder_of(config, directory.chat_template())
     poor = [
-        encoder.answer(r["messages"], c["content"]) for r in records for c in r["completions"] if c["policy"] == "poor"
+        encoder.answer(r["messages"], c["content"])[0]
+        for r in records
+        for c in r["completions"]
+        if c["policy"] == "poor"
     ]
     np.testing.assert_allclose(mean_rewards(definition, params, poor[:100], 256, 16), 0, atol=1e-5)
 
@@ -132,7 +135,7 @@ def test_the_mean_of_the_reference_answers_is_0_after_reading_back(config):
 def steps_on(config, mesh: MeshConfig, devices: list) -> tuple:
     """Parameters and metrics after two steps on two batches."""
     config = dataclasses.replace(config, steps=10)
-    encoder = reward.Encoder(config, chat.load("chatml", model_directory.read(f"{config.model}/model").tokenizer()))
+    encoder = reward.encoder_of(config, chat.load("chatml", model_directory.read(f"{config.model}/model").tokenizer()))
     made = make_mesh(mesh, devices)
     with jax.set_mesh(made):
         prompts = encoder.prompts(reward.read_records(config)["train"], lambda name: True)

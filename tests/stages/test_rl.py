@@ -23,9 +23,9 @@ from jaxlm.feedback.config import VerifierConfig
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize
-from jaxlm.rl import forward, models
+from jaxlm.rl import forward, learner, models
 from jaxlm.rl import rollout as rollouts
-from jaxlm.rl.config import CriterionWeight, GRPOConfig, KLConfig, PPOConfig, RLConfig
+from jaxlm.rl.config import CriterionWeight, GRPOConfig, KLConfig, OnlineDPOConfig, PPOConfig, ReinforceConfig, RLConfig
 from jaxlm.rl.figures import frontier
 from jaxlm.rl.learner import Examples, RLState
 from jaxlm.rl.rollout import Rollout
@@ -120,6 +120,10 @@ def with_grpo(config: RLConfig, **fields: Any) -> RLConfig:
     return dataclasses.replace(config, ppo=None, grpo=GRPOConfig(**own), **fields)
 
 
+def with_dpo(config: RLConfig, **fields: Any) -> RLConfig:
+    return dataclasses.replace(config, ppo=None, dpo=OnlineDPOConfig(), **fields)
+
+
 def by_hand(config: RLConfig, seed: int = 0) -> Rollout:
     """Answers that nobody drew; `seed` fills what lies behind them and nothing else."""
     behind, fixed = np.random.default_rng(100 + seed), np.random.default_rng(7)
@@ -185,11 +189,12 @@ def assert_close(a: Any, b: Any, **tolerance: float) -> None:
         ("ppo", MESHES[2]),
         *(pytest.param("ppo", mesh, marks=pytest.mark.slow) for mesh in MESHES[:2]),
         *(pytest.param("grpo", mesh, marks=pytest.mark.slow) for mesh in MESHES),
+        pytest.param("dpo", MESHES[2], marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_eight_devices_learn_what_one_learns(config, kind, mesh):
-    config = named(config if kind == "ppo" else with_grpo(config))
+    config = named(dict(ppo=dataclasses.replace, grpo=with_grpo, dpo=with_dpo)[kind](config))
     made, alone = by_hand(config), bench(config)
     # GRPO's logits piece by piece besides, which changes nothing either.
     together = bench(config if kind == "ppo" else other(config, loss_chunk_tokens=28), mesh)
@@ -293,7 +298,7 @@ def gradients(config: RLConfig, one: Bench) -> Any:
     if config.ppo:
         given |= dict(value_optimizer=down)
         value = initial_state(one.first.value.params, down, False)
-    step = rl.ppo_step if config.ppo else rl.grpo_step
+    step = rl.ppo_step if config.ppo else rl.dpo_step if config.dpo else rl.grpo_step
     compiled = jax.jit(functools.partial(step, **given))
     before = initial_state(one.first.policy.params, down, False)
 
@@ -323,6 +328,46 @@ def test_equal_rewards_and_excluded_answers_have_no_gradient(config):
     assert size(each[0]) > 0
     counted = run(examples_of(config, made, advantages, real))[0]
     assert size(jax.tree.map(jnp.subtract, counted, each[0])) > 1e-3
+
+
+def pairs_of(config: RLConfig, made: Rollout, weights: list[float]) -> Examples:
+    """The first answers as pairs, the even ones best, each pair of such a weight."""
+    M = 2 * len(weights)
+    made = jax.tree.map(lambda x: x[:M], made)
+    signs = np.repeat(np.array(weights, np.float32), 2) * np.tile(np.array([1, -1], np.float32), len(weights))
+    real = np.arange(config.max_tokens)[None, :] < made.answer_lengths[:, None]
+    return examples_of(config, made, np.broadcast_to(signs[:, None], real.shape), real)
+
+
+def test_online_dpo_begins_at_log_2_and_pushes_a_pair_apart(config):
+    """Where policy and reference are one, the gradient is -β / 2 (∇ log p(best) - ∇ log p(worst)), mean over pairs."""
+    one = bench(named(with_dpo(config)))
+    config = with_dpo(config, **PLAIN)
+    run, made = gradients(config, one), by_hand(config)
+    defined = models.define_models(config, rl.open_models(config), one.mesh)
+
+    def logprobs(params: Any, examples: Examples) -> jax.Array:
+        tokens = learner.answer_tokens(config, defined, defined.policy, params, examples.rollout)
+        return jnp.where(examples.mask, tokens.logprobs, 0.0)
+
+    examples = pairs_of(config, made, [1.0, 0.0, 1.0])
+    examples = examples._replace(reference=jax.jit(logprobs)(one.first.policy.params, examples))
+    gradient, measured = run(examples)
+    assert measured["rl/policy_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert measured["rl/pair_margin"] == pytest.approx(0, abs=1e-6)
+
+    def difference(params: Any) -> jax.Array:
+        sums = jnp.sum(logprobs(params, examples), axis=1)
+        return -config.dpo.beta / 2 * (sums[0] - sums[1] + sums[4] - sums[5]) / 2
+
+    assert_close(gradient, jax.jit(jax.grad(difference))(one.first.policy.params))
+    # A prompt without a pair says nothing, whatever its answers are; a minibatch of such prompts changes nothing.
+    odd = examples._replace(rollout=examples.rollout._replace(ids=examples.rollout.ids.at[2:4].set(7)))
+    jax.tree.map(np.testing.assert_array_equal, run(odd)[0], gradient)
+    gradient, measured = run(pairs_of(config, made, [0.0, 0.0]))
+    assert measured["train/gradient_norm"] == 0 == measured["train/skipped_steps"]
+    _, measured = run(pairs_of(config, made, [1.0, np.nan]))
+    assert measured["train/skipped_steps"] == 1
 
 
 @pytest.mark.slow
@@ -362,12 +407,12 @@ def run(config: RLConfig, **loop: Any) -> RLConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("kind", ["ppo", "grpo", "dpo"])
 def test_stopped_and_gone_on_is_never_stopped(config, folders, kind):
     kl = KLConfig(kind="adaptive", coefficient=0.1, target=1.0, horizon=64)
     ppo = PPOConfig(kl=kl, pretraining=(MixtureSource(path=folders.rows),), pretraining_rows=8)
     config = other(config, ppo=ppo, verifiers=(by(almost_right),), gold=by(share_of_letters), passes=1)
-    config = config if kind == "ppo" else with_grpo(config)
+    config = dict(ppo=dataclasses.replace, grpo=with_grpo, dpo=with_dpo)[kind](config)
     whole = run(other(config, workdir=config.workdir + "-whole"))
     run(config, stop_at_step=3)
     run(config)
@@ -398,6 +443,51 @@ def test_stopped_and_gone_on_is_never_stopped(config, folders, kind):
     assert made.manifest.facts["eval/reward"] == evaluated[-1]["eval/reward"]
     stored = made.load_params(define_model(made.config))
     np.testing.assert_array_equal(stored["head"], arrays_of(whole.workdir, 4)["policy/params/head"])
+
+
+def begins_with_a_letter(prompt: str, answer: str) -> float:
+    return float(answer[:1].isascii() and answer[:1].isalpha())
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dapo": dict(
+        grpo=GRPOConfig(clip_high=0.28, normalization="token", kl_coefficient=0.0, extra_prompts=6), overlong_tokens=3
+    ),
+    "gspo": dict(grpo=GRPOConfig(ratio="sequence", clip=0.01, clip_high=0.02)),
+    "reinforce": dict(reinforce=ReinforceConfig(baseline="group", kl=KLConfig(kind="adaptive", horizon=64))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dapo", "gspo", "reinforce"])
+def test_a_variant_stopped_and_gone_on_is_never_stopped(config, kind):
+    config = other(config, ppo=None, reward_model="", verifiers=(by(begins_with_a_letter),), **VARIANTS[kind])
+    whole = run(other(config, workdir=config.workdir + "-whole"))
+    run(config, stop_at_step=2)
+    run(config)
+    assert_same_run(config.workdir, whole.workdir, 4)
+    rolled = [line for line in lines_of(whole.workdir) if "rl/reward" in line]
+    assert all(0 <= line["rl/first_old_kl"] < 1e-12 for line in rolled)
+    if kind == "dapo":
+        assert all(1 <= line["rl/extra_prompts"] <= 6 for line in rolled if line["rl/replaced_prompts"])
+        assert sum(line["rl/replaced_prompts"] for line in rolled) >= 1
+        assert all(line["rl/equal_groups"] == 0 for line in rolled if line["rl/extra_prompts"] < 6)
+        told = lines_of(whole.workdir, "completions.jsonl")
+        assert all(line["reward"] == begins_with_a_letter("", line["answer"]) for line in told), "of those learned from"
+    if kind == "reinforce":
+        assert rolled[1]["rl/kl_coefficient"] != rolled[0]["rl/kl_coefficient"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_eight_devices_learn_a_variant_as_one_does(config, kind):
+    config = named(other(config, ppo=None, reward_model="", verifiers=(by(almost_right),), **VARIANTS[kind]))
+    made = by_hand(config)
+    (one, _), (many, _) = bench(config).learn(made), bench(config, MESHES[2]).learn(made)
+    (one, measured), (many, also) = bench(config).learn(made, one), bench(config, MESHES[2]).learn(made, many)
+    assert_close(one, many)
+    assert measured["rl/clip_fraction"] == pytest.approx(also["rl/clip_fraction"], abs=1e-5)
+    assert (measured["rl/clip_fraction"] > 0) or kind != "gspo"
 
 
 @pytest.mark.slow
@@ -480,13 +570,18 @@ def test_the_controller_holds_its_target(config):
 def test_fields_that_do_not_go_together_are_refused_by_name(config):
     ppo, grpo = PPOConfig(), GRPOConfig()
     for message, fields in {
-        "^ppo: give exactly one of ppo and grpo": dict(ppo=ppo, grpo=grpo),
+        "^ppo: give exactly one of ppo, grpo, dpo and reinforce; got ppo and grpo": dict(ppo=ppo, grpo=grpo),
         "^ppo: give exactly one": dict(ppo=None),
         "^model: is empty": dict(model=""),
         "^reward_model: is empty, and there is no verifier": dict(reward_model=""),
         "^criteria: got overall, overall": dict(criteria=(CRITERIA[0], CRITERIA[0])),
         "^criteria: is empty": dict(criteria=()),
         "^samples: got 1; a group needs": dict(ppo=None, grpo=grpo, samples=1, prompts=8),
+        "^samples: got 1; a group needs at least": dict(ppo=None, dpo=OnlineDPOConfig(), samples=1, prompts=8),
+        "^minibatch_answers: 16 answers do not divide 4 pairs": dict(
+            ppo=None, dpo=OnlineDPOConfig(), minibatch_answers=16
+        ),
+        "^minibatch_answers: 1 answers do not divide": dict(ppo=None, dpo=OnlineDPOConfig(), minibatch_answers=1),
         "^minibatch_answers: 6 does not divide a rollout of 16": dict(minibatch_answers=6),
         "^sources: none has split='train'": dict(sources=config.sources[1:]),
         "^temperature: got 0.0; above 0": dict(temperature=0.0),
@@ -499,6 +594,8 @@ def test_fields_that_do_not_go_together_are_refused_by_name(config):
     }.items():
         with pytest.raises(ConfigError, match=message):
             other(config, **fields)
+    with pytest.raises(ConfigError, match="^beta: got 0.0"):
+        OnlineDPOConfig(beta=0.0)
     with pytest.raises(ConfigError, match="value_optimizer.ema"):
         PPOConfig(value_optimizer=OptimizerConfig(ema=0.9))
     # Truncated sampling has log-probabilities of its own: there is no field for it.

@@ -8,7 +8,7 @@ from stage_runs import lines_of, pretrained
 
 from jaxlm.data.config import ChatSource
 from jaxlm.feedback.config import VerifierConfig
-from jaxlm.rl.config import GRPOConfig, KLConfig, PPOConfig, RLConfig
+from jaxlm.rl.config import GRPOConfig, KLConfig, OnlineDPOConfig, PPOConfig, ReinforceConfig, RLConfig
 from jaxlm.stages import rl
 from jaxlm.train.config import CheckpointConfig, LoopConfig, ScheduleConfig
 
@@ -73,3 +73,37 @@ def test_grpo_learns_within_the_kl_budget(config):
     rolled = [line for line in lines_of(config.workdir) if "rl/reward" in line]
     assert rolled[-1]["rl/reward"] > 0.9, [round(line["rl/reward"], 2) for line in rolled]
     assert rolled[-1]["rl/kl"] < config.kl_budget
+
+
+@pytest.mark.slow
+def test_online_dpo_learns_within_the_kl_budget(config):
+    config = dataclasses.replace(config, ppo=None, dpo=OnlineDPOConfig(beta=0.1), prompts=16, samples=8, steps=40)
+    rl.main(config)
+    rolled = [line for line in lines_of(config.workdir) if "rl/reward" in line]
+    assert rolled[0]["rl/reward"] < 0.3
+    assert rolled[-1]["rl/reward"] > 0.9, [round(line["rl/reward"], 2) for line in rolled]
+    assert rolled[-1]["rl/kl"] < config.kl_budget
+    # Where all groups are equal there is no pair left to be right about.
+    assert rolled[-1]["rl/equal_groups"] > 0.5 or rolled[-1]["rl/pair_accuracy"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        # An answer's ratio is the mean over 8 tokens: a band a tenth as wide as GRPO's.
+        GRPOConfig(ratio="sequence", clip=0.02, clip_high=0.03, kl_coefficient=0.003),
+        ReinforceConfig(kl=KLConfig(coefficient=0.003)),
+        ReinforceConfig(kl=KLConfig(coefficient=0.003), baseline="group"),
+        GRPOConfig(clip_high=0.28, normalization="token", kl_coefficient=0.0, extra_prompts=4),
+    ],
+    ids=["gspo", "reinforce++", "reinforce++ with baseline", "dapo"],
+)
+def test_the_variants_learn_within_the_kl_budget(config, method):
+    given = {"reinforce": method} if isinstance(method, ReinforceConfig) else {"grpo": method}
+    rl.main(dataclasses.replace(config, ppo=None, **given, prompts=8, samples=8))
+    rolled = [line for line in lines_of(config.workdir) if "rl/reward" in line]
+    assert rolled[0]["rl/reward"] < 0.3
+    assert rolled[-1]["rl/reward"] > 0.85, [round(line["rl/reward"], 2) for line in rolled]
+    assert rolled[-1]["rl/kl"] < config.kl_budget
+    assert all(abs(line["rl/first_old_kl"]) < 1e-6 for line in rolled)

@@ -1,4 +1,4 @@
-"""sft and reward, killed or in two processes: the same as never killed, and in one."""
+"""sft, reward and preference, killed or in two processes: the same as never killed, and in one."""
 
 import itertools
 import random
@@ -10,6 +10,7 @@ STEPS = 24
 HEAD = """
 from jaxlm.base.config import MeshConfig
 from jaxlm.data.config import ChatSource
+from jaxlm.preference.config import KTOConfig, PreferenceConfig
 from jaxlm.reward.config import RankingSource, RewardConfig
 from jaxlm.stages.config import SFTConfig
 from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
@@ -36,8 +37,12 @@ CONFIGS = {
     sources = RankingSource(name="train", path=train), RankingSource(name="heldout", path=heldout, split="heldout")
     return RewardConfig(sources=sources, criteria=("overall", "short"), batch_pairs=64, **common)
 """,
+    "preference": """
+    sources = RankingSource(name="train", path=train), RankingSource(name="heldout", path=heldout, split="heldout")
+    return PreferenceConfig(sources=sources, kto=KTOConfig(), batch_pairs=64, **common)
+""",
 }
-HEADLINE = {"sft": "train/loss", "reward": "reward/loss"}
+HEADLINE = {"sft": "train/loss", "reward": "reward/loss", "preference": "preference/loss"}
 
 
 def chats(draw: random.Random, count: int) -> list[dict]:
@@ -66,12 +71,12 @@ def model(packed_rows, tmp_path_factory) -> str:
     return pretrained(packed_rows, tmp_path_factory.mktemp("base"), steps=4)
 
 
-@pytest.fixture(scope="module", params=["sft", "reward"])
+@pytest.fixture(scope="module", params=["sft", "reward", "preference"])
 def runner(request, model, tmp_path_factory) -> Runner:
     root = tmp_path_factory.mktemp(request.param)
-    records, draw = {"sft": chats, "reward": rankings}[request.param], random.Random(0)
+    records, draw = {"sft": chats}.get(request.param, rankings), random.Random(0)
     paths = {name: written(root / f"{name}.jsonl", records(draw, n)) for name, n in (("train", 120), ("heldout", 12))}
-    if request.param == "reward":  # no prompt may be in both
+    if request.param != "sft":  # no prompt may be in both
         lines = (root / "heldout.jsonl").read_text().replace('"prompt_id": "', '"prompt_id": "h')
         (root / "heldout.jsonl").write_text(lines)
     return Runner(root, request.param, (HEAD + CONFIGS[request.param]) % ({"model": model, "steps": STEPS} | paths))
@@ -104,7 +109,8 @@ def test_two_processes_learn_what_one_learns_and_write_once(runner, never_stoppe
     runner.run(stopped, "--config.loop.stop_at_step=10", processes=2)
     runner.run(stopped, processes=2)
     assert_same_run(stopped, whole, STEPS)
-    shared = set(lines_of(whole)[0]) & {"train/loss", "reward/loss", "reward/accuracy", "train/gradient_norm"}
+    wanted = {"train/loss", "reward/loss", "reward/accuracy", "preference/loss", "preference/kl", "train/gradient_norm"}
+    shared = set(lines_of(whole)[0]) & wanted
     assert len(shared) >= 2
     # gloo and the in-process collectives add in different orders, which grows from step to step.
     for two, one in itertools.islice(zip(lines_of(whole), lines_of(never_stopped), strict=True), 8):

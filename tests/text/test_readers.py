@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +10,9 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxlm.base.errors import ConfigError, UserError
-from jaxlm.text.clean import Reason
+from jaxlm.text.clean import Reason, parts
 from jaxlm.text.config import SourceConfig
-from jaxlm.text.readers import inputs, read
+from jaxlm.text.readers import inputs, read, read_objects
 
 TEXTS = ["first text", "zweiter, ü", "третий\nс новой строки", "第四"]
 LINES = b"".join(json.dumps({"text": text, "n": 1}).encode() + b"\n" for text in TEXTS)
@@ -84,6 +85,23 @@ def test_a_text_file_is_one_document_and_a_folder_is_read_by_endings(tmp_path):
         records(tmp_path / "*.jsonl")
     with pytest.raises(UserError, match="holds no file that ends in"):
         records(tmp_path, format="parquet")
+
+
+def test_a_long_text_is_cut_at_blank_lines(tmp_path):
+    text = "One.\nTwo.\n\nThree is long,\nand goes on\nfor lines.\n  \n\nFour.\n\nFive."
+    assert list(parts(text, 18)) == [
+        "One.\nTwo.\n\n",
+        "Three is long,\n",
+        "and goes on\n",
+        "for lines.\n  \n\n",
+        "Four.\n\nFive.",
+    ]
+    for characters in (1, 7, 18, 30, 1000):
+        assert "".join(parts(text, characters)) == text
+    (tmp_path / "a.txt").write_text(text)
+    found = records(tmp_path / "a.txt", part_characters=18)
+    assert [r.outcome for r in found] == list(parts(text, 18))
+    assert [r.where for r in found] == [f"{tmp_path}/a.txt:{n}" for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
@@ -166,3 +184,27 @@ def test_inputs_name_every_file_with_its_hash(tmp_path):
 def test_sources_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         SourceConfig(**{"name": "mine", **fields})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("yield {}['x']", r"sources\.mine\.path: makers:make raised KeyError: 'x'"),
+        ("raise ValueError('no')", r"sources\.mine\.path: makers:make raised ValueError: no"),
+    ],
+)
+def test_what_a_users_function_raises_names_its_source(tmp_path, monkeypatch, body, message):
+    (tmp_path / "makers.py").write_text(f"def make(modules, split):\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "makers", raising=False)
+    with pytest.raises(UserError, match=message):
+        list(read_objects(SourceConfig(name="mine", format="python", path="makers:make"), 1000))
+
+
+def test_what_a_users_function_yields_must_be_objects(tmp_path, monkeypatch):
+    (tmp_path / "makers.py").write_text("def make(modules, split):\n    return [{'text': split}, 'a text']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "makers", raising=False)
+    found = list(read_objects(SourceConfig(name="mine", format="python", path="makers:make"), 1000))
+    assert [record.value for record in found] == [{"text": "train"}, Reason("not_a_json_object", bad=True)]
+    assert found[1].raw == "'a text'"

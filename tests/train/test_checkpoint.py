@@ -291,8 +291,25 @@ def test_a_newer_format_is_refused(tmp_path):
     filled(tmp_path, [1, 2])
     manifest = json.loads((tmp_path / "2" / "manifest.json").read_text())
     forge(tmp_path / "2", manifest | {"format_version": 99})
-    with pytest.raises(UserError, match=r"2/manifest\.json: has format_version 99, this jaxlm reads up to 1"):
+    with pytest.raises(UserError, match=r"2/manifest\.json: has format_version 99, this jaxlm reads up to 2"):
         Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: abstract(make_state(0)))
+
+
+def test_the_format_before_is_read(tmp_path):
+    """Format 1 had no `halt`; it comes back as 0, which the loop sets anew."""
+    filled(tmp_path, [1])
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())
+    forge(tmp_path / "1", manifest | {"format_version": 1})
+    wanted = abstract(make_state(0)) | {
+        "halt": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(MESH, PartitionSpec()))
+    }
+    restored = Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: wanted)
+    assert restored is not None
+    assert int(restored.state.pop("halt")) == 0
+    assert same_bits(restored.state, make_state(1))
+    forge(tmp_path / "1", manifest)
+    with pytest.raises(UserError, match="halt: is not in the checkpoint"):
+        Checkpointer(tmp_path, KEEP_ALL).restore(lambda _: wanted)
 
 
 def test_extra_that_json_would_change_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import OptimizerConfig
 from jaxlm.train.state import convert_layout
 
-KINDS = ["adamw", "muon"]
+KINDS = ["adamw", "muon", "soap", "lion", "adafactor", "sgd"]
 MODEL = ModelConfig(
     vocab_size=40, layers=5, width=16, heads=2, kv_heads=1, pattern=("local", "global"), window=3, compute="float32"
 ).complete()
@@ -28,12 +28,16 @@ def gradients_of(params, seed):
 
 
 def updates(definition, params, gradients, kind, steps=2, **fields):
+    return updates_and_state(definition, params, gradients, kind, steps, **fields)[0]
+
+
+def updates_and_state(definition, params, gradients, kind, steps=2, **fields):
     optimizer = optimizers.make_optimizer(OptimizerConfig(kind=kind, **fields), definition)
     state = optimizers.init(optimizer, params)
     direction = None
     for _ in range(steps):
         direction, state = jax.jit(lambda g, s, p: optimizers.direction(optimizer, g, s, p))(gradients, state, params)
-    return direction
+    return direction, state
 
 
 def test_the_table_names_every_weight_and_unrolled_layers_together():
@@ -46,15 +50,20 @@ def test_the_table_names_every_weight_and_unrolled_layers_together():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stacked_layers_are_updated_as_single_ones(kind):
-    unrolled = dataclasses.replace(MODEL, scan_layers=False)
+    unrolled = define_model(dataclasses.replace(MODEL, scan_layers=False))
     params = initialize(define_model(MODEL), 0)
     gradients = gradients_of(params, 1)
-    stacked = updates(define_model(MODEL), params, gradients, kind)
-    single = updates(
-        define_model(unrolled), convert_layout(params, MODEL, False), convert_layout(gradients, MODEL, False), kind
-    )
+    stacked, state = updates_and_state(define_model(MODEL), params, gradients, kind, steps=3)
+    apart = [convert_layout(tree, MODEL, False) for tree in (params, gradients)]
+    single, single_state = updates_and_state(unrolled, *apart, kind, steps=3)
     for a, b in zip(jax.tree.leaves(convert_layout(stacked, MODEL, False)), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+    # What is kept for the layers is what each would keep: a checkpoint of the one layout is one of the other.
+    converted = convert_layout(state, MODEL, False)
+    assert jax.tree.structure(converted) == jax.tree.structure(single_state)
+    assert [x.shape for x in jax.tree.leaves(converted)] == [x.shape for x in jax.tree.leaves(single_state)]
+    back = jax.tree.map(np.testing.assert_array_equal, convert_layout(converted, MODEL, True), state)
+    assert jax.tree.structure(back) == jax.tree.structure(jax.tree.map(lambda _: None, state))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,8 +117,6 @@ def test_the_embedding_has_a_rate_of_its_own_and_the_common_decay(kind):
 
 
 def test_a_tied_embedding_has_no_rate_of_its_own():
-    import dataclasses
-
     tied = define_model(dataclasses.replace(MODEL, tied_embeddings=True))
     with pytest.raises(ConfigError, match="embedding_rate"):
         optimizers.make_optimizer(OptimizerConfig(embedding_rate=2.0), tied)

@@ -1,6 +1,11 @@
+import tempfile
+
 import pytest
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from jaxlm.base import files
 from jaxlm.base.errors import UserError
 from jaxlm.train import step_folder
 from jaxlm.train.config import CheckpointConfig
@@ -52,8 +57,8 @@ def test_damage_is_named(folder):
 def test_a_newer_format_is_no_damage_but_refused(folder):
     made = make(folder, 1)
     text = (made / "manifest.json").read_text()
-    (made / "manifest.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="has format_version 2"):
+    (made / "manifest.json").write_text(text.replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(UserError, match="has format_version 3"):
         step_folder.read(made)
 
 
@@ -92,3 +97,44 @@ def test_a_sweep_removes_the_abandoned_and_the_unfinished(folder):
         make(folder, step)
     step_folder.begin(folder / "3")
     assert step_folder.sweep(folder, CheckpointConfig(keep_last=2, keep_best=0), {8, 9}) == [3, 8, 9]
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 9), st.sampled_from(["whole", "cut", "gone", "unfinished"])), max_size=6),
+    keep_last=st.integers(1, 3),
+    keep_best=st.integers(0, 2),
+    keep_every=st.integers(0, 4),
+    abandoned=st.sets(st.integers(1, 9), max_size=2),
+)
+@settings(max_examples=60, deadline=None)
+def test_retention_never_removes_the_last_whole_step(steps, keep_last, keep_best, keep_every, abandoned):
+    """Whatever is damaged, cut off or abandoned, and whatever is kept: the newest whole step is there afterwards."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = epath.Path(name)
+        states = dict(steps)
+        for step, how in states.items():
+            made = make(folder, step, metric=float(step % 3))
+            if how == "cut":
+                (made / "state" / "large").write_bytes(b"")
+            elif how == "gone":
+                (made / "manifest.json").unlink()
+            elif how == "unfinished":
+                (made / "manifest.json").unlink()
+                (made / "unfinished").write_text("")
+        whole = [step for step, how in states.items() if how == "whole" and step not in abandoned]
+        config = CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every_steps=keep_every)
+        removed = step_folder.sweep(folder, config, abandoned)
+        if whole:
+            assert step_folder.newest_whole(folder) == max(whole)
+        else:
+            assert removed == []
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(folder):
+    made = make(folder, 1)
+    values = files.read_json(made / "manifest.json")
+    values.pop("hash")
+    values["files"] = {"../../secret": {"bytes": 1}}
+    files.write_json(made / "manifest.json", values | {"hash": files.hash_json(values)})
+    with pytest.raises(UserError, match="'../../secret' leads out of its folder"):
+        step_folder.read(made)

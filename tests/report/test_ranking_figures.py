@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxlm.reward import figures
+from jaxlm.report import rankings as figures
+from jaxlm.report.rankings import Answers, Pairs, Share
 from jaxlm.reward.batches import Pair, Prompt, RankingBatches
-from jaxlm.reward.figures import Answers, Pairs, Share
 
 
 def pairs_of(difference, **columns):

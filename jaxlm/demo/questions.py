@@ -15,12 +15,14 @@ and held-out sources must list the same modules: these decide under which name a
 Choices are drawn by name (`_dice`): they depend on no order, and on other functions only where another one is shown.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
 import random
 import re
 import sys
+import types
 import warnings
 import zlib
 from collections import Counter
@@ -31,10 +33,9 @@ from jaxlm.base.errors import UserError
 from jaxlm.text import installed
 from jaxlm.text.config import Split
 
-VERSION = 2  # of the texts made here: to be raised when they change, so that stages run again
 # Eighths of the functions. Of the demo's 3,700 466 are held out: a share is known to ±2.3 % (1 σ).
 EIGHTHS = {"heldout": (0,), "chats": (1, 2, 3, 4, 5), "prompts": (6, 7), "rankings": (1, 2, 3, 4, 5, 6, 7)}
-LONG_PARAGRAPH, LONG_SIGNATURE, LONG_TARGET = 300, 80, 20  # characters; 20 are 1 to 6 of the demo's tokens
+LONG_SIGNATURE, LONG_TARGET = 80, 20  # characters; 20 are 1 to 6 of the demo's tokens
 SUMMARY, LEAST_WORDS = (20, 160), 4  # characters; different words: fewer can hardly be halved or shuffled
 
 WHAT = ("What does `{}` do?", "What is `{}` for?", "Describe `{}`.", "Explain `{}` in one sentence.")
@@ -61,7 +62,7 @@ TIERS = {
 SECOND_OPINION = (("real",), ("invented",), ("truncated",), ("other",), ("shuffled",))
 INVENTED = ("get_{}", "make_{}", "to_{}", "fast_{}", "{}_all", "{}_like", "{}_from", "{}s", "{}2")
 SPLICED = 2 / 3  # of invented names: so small models go wrong, beginning a name and losing it
-TASKS_TAUGHT = 1 / 2  # of the functions: enough to learn the forms, and not to be always right
+HASTY = 2 / 3  # of those who write the answers to "what" and to tasks
 
 _NO_PROSE = re.compile(r">>>|--|==|::|\.\. |\\|~~|\*\*\*| \| | -> |://")
 _END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\betc)(?<!\bcf)\.(?=\s+[^a-z]|\s*$)")
@@ -81,12 +82,16 @@ class Function(NamedTuple):
     """The signature's names, without those of *args and **kwargs."""
     summary: str
     """The docstring's first sentence, in one line, with its period."""
-    paragraph: str
-    """The docstring's first paragraph, in one line; the summary, where that is long or no prose."""
 
     @property
     def answer(self) -> str:
         return f"`{self.name}`: {self.summary}"
+
+    @property
+    def unfinished(self) -> str:
+        """The answer of somebody in a hurry: the first half of the summary's words, and no period."""
+        words = self.summary.removesuffix(".").split()
+        return f"`{self.name}`: {' '.join(words[: len(words) // 2])}".rstrip(".,;:")
 
 
 def functions(modules: Collection[str], field: str = "modules") -> list[Function]:
@@ -101,18 +106,27 @@ def functions(modules: Collection[str], field: str = "modules") -> list[Function
 def _functions(modules: tuple[str, ...], field: str) -> tuple[Function, ...]:
     found = {}
     for module in modules:
-        for name, value in installed.public(installed.whole_module(module, field)):
+        for name, value in installed.public(whole_module(module, field)):
             found[f"{module}.{name}"] = (module, name, value)
     firsts = {id(value): name for name, (_, _, value) in sorted(found.items(), reverse=True)}
     return tuple(f for name in sorted(firsts.values()) if (f := _function(*found[name])))
 
 
+def whole_module(name: str, field: str) -> types.ModuleType:
+    """The module with what it only makes when asked for (concurrent.futures.ThreadPoolExecutor): otherwise it would
+    depend on what the process did before, what it offers."""
+    module = installed.import_module(name, field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in vars(module).get("__all__") or ():
+            with contextlib.suppress(Exception):  # foreign code
+                getattr(module, each)
+    return module
+
+
 def _function(module: str, name: str, value: object) -> Function | None:
-    prose = _prose(installed.docstring(value), name)
-    summary = _summary(prose)
-    whole = prose.endswith(".") and len(prose) <= LONG_PARAGRAPH and not _NO_PROSE.search(prose)
-    made = Function(f"{module}.{name}", module, name, *_signature(value), summary, prose if whole else summary)
-    return made if summary else None
+    summary = _summary(_prose(installed.docstring(value), name))
+    return Function(f"{module}.{name}", module, name, *_signature(value), summary) if summary else None
 
 
 def _prose(text: str, name: str) -> str:
@@ -165,7 +179,7 @@ def _split(modules: Collection[str], split: Split, part: Part, field: str) -> li
         return heldout
     names, told = {each.name for each in heldout}, {each.summary for each in heldout}
     rest = [each for each, number in eighth.items() if number in EIGHTHS[part] and each.summary not in told]
-    return [each for each in rest if not _tells(f"{each.name}{each.signature} {each.summary} {each.paragraph}", names)]
+    return [each for each in rest if not _tells(f"{each.name}{each.signature} {each.summary}", names)]
 
 
 def _tells(text: str, names: Container[str]) -> bool:
@@ -188,25 +202,30 @@ def chats(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     | what | What does `textwrap.dedent` do? | `textwrap.dedent`: Remove any … in `text`. | all |
     | call | How is `textwrap.dedent` called? | `textwrap.dedent(text)`. | those with a signature |
     | module | Which module holds `dedent`? | `textwrap`. | those whose object has no namesake |
-    | task | one of `tasks` | its target | half |
+    | task | one of `tasks` | its target | all |
     | turns | 2 or 3 of the first three, about one function or two | | a quarter |
 
     Each is asked in one of several ways; an eighth of train's begin with a system message. Held out: single turns, no
     system message and a task for all, so that each kind measures one thing.
+
+    Of those who write train's answers, `HASTY` are in a hurry: they stop half-way (`Function.unfinished`), and they
+    overlook in which form a task wants its answer ("`70`." for 70). Tuning learns to answer from them all the same;
+    which answers are wanted is what rankings and verifiers tell. Held out, all answers are as they should be.
     """
-    own, loaded = _split(modules, split, "chats", field), [installed.whole_module(name, field) for name in {*modules}]
+    own, loaded = _split(modules, split, "chats", field), [whole_module(name, field) for name in {*modules}]
     objects = Counter(name for module in loaded for name, _ in installed.public(module))
     for place, function in enumerate(own):
         dice = _dice("chats", function.name)
-        asked = {"what": (dice.choice(WHAT).format(function.name), function.answer)}
+        hasty = split == "train" and dice.random() < HASTY
+        asked = {"what": (dice.choice(WHAT).format(function.name), function.unfinished if hasty else function.answer)}
         if function.signature:
             asked["call"] = (dice.choice(CALL).format(function.name), f"`{function.name}{function.signature}`.")
         if objects[function.object] == 1:
             asked["module"] = (dice.choice(MODULE).format(function.object), f"`{function.module}`.")
         made = [(kind, [turn]) for kind, turn in asked.items()]
-        tasks = _tasks(function)
-        if tasks and (split == "heldout" or dice.random() < TASKS_TAUGHT):
-            made.append(("task", [dice.choice(tasks)[1:]]))
+        if tasks := _tasks(function):
+            _, prompt, target, bare = dice.choice(tasks)
+            made.append(("task", [(prompt, f"`{bare}`." if hasty else target)]))
         if split == "train" and dice.random() < 1 / 4:
             made.append(("turns", _turns(dice, asked, own[(place + 1) % len(own)])))
         for kind, turns in made:
@@ -248,24 +267,26 @@ def tasks(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     task teach these forms.
     """
     for function in _split(modules, split, "prompts", field):
-        for kind, prompt, target in _tasks(function):
+        for kind, prompt, target, _ in _tasks(function):
             yield {"kind": kind, "name": function.name, "prompt": prompt, "target": [target]}
 
 
-def _tasks(function: Function) -> list[tuple[str, str, str]]:
-    """(kind, prompt, answer)"""
+def _tasks(function: Function) -> list[tuple[str, str, str, str]]:
+    """(kind, prompt, answer, and that without the form)"""
     dice, called, names = _dice("tasks", function.name), function.name + function.signature, function.parameters
     wanted, form = dice.choice(FORMS)
     asked = f"Which module holds `{function.name}`? Answer"
-    made = [("module", f"{asked} with the module alone.", function.module)]
-    made.append(("format", f"{asked} {wanted}.", form.format(function.module)))
+    made = [("module", f"{asked} with the module alone.", function.module, function.module)]
+    made.append(("format", f"{asked} {wanted}.", form.format(function.module), function.module))
     if names and not re.search(r"\*\w", function.signature):
-        made.append(("first", f"Name the first parameter of `{called}`. Answer with the name alone.", names[0]))
+        asked = f"Name the first parameter of `{called}`. Answer with the name alone."
+        made.append(("first", asked, names[0], names[0]))
     # Words and whole numbers: a verifier that ignores punctuation takes 5 for 0.5 and -5.
     defaults = [pair for pair in re.findall(r"(\w+)=(\w+)(?=[,)])", function.signature) if pair[0] in names]
     if defaults:
         name, value = dice.choice(defaults)
-        made.append(("default", f"What is the default of `{name}` in `{called}`? Answer with the value alone.", value))
+        asked = f"What is the default of `{name}` in `{called}`? Answer with the value alone."
+        made.append(("default", asked, value, value))
     return [each for each in made if each[2].strip("_") and len(each[2]) <= LONG_TARGET]
 
 
@@ -298,7 +319,7 @@ def rankings(modules: Collection[str], split: Split, field: str = "modules") -> 
         pairs = {*itertools.pairwise(["", *words, ""])}
         mixed = min(orders, key=lambda order: len(pairs & {*itertools.pairwise(order)}))[1:-1]
         answers = {
-            "truncated": f"`{function.name}`: {' '.join(words[: len(words) // 2])}".rstrip(".,;:"),
+            "truncated": function.unfinished,
             "invented": f"`{_invented(dice, function, own, heldout)}`: {function.summary}",
             "shuffled": f"`{function.name}`: {' '.join(mixed)}.",
         }
@@ -347,7 +368,7 @@ def gold(prompt: str, answer: str) -> float:
     the overlap with the true summary: F1 of words and of neighbouring pairs, without which shuffled words would count
     as much as the sentence. Means of the `rankings`' answers: real 1, shuffled .85, invented .67, truncated .53, other
     .35. It is measured beside a reward model and never trained on: VerifierConfig(kind="function",
-    function="jaxlm.text.questions:gold"). The module of the prompt's first name in backticks is imported (only give
+    function="jaxlm.demo.questions:gold"). The module of the prompt's first name in backticks is imported (only give
     it prompts that you trust); where it has no such function, the overlap is 0.
     """
     asked, given = re.search(r"`(\w+(?:\.\w+)+)", prompt), re.match(r"`([^`\s]+)`:?", answer)
@@ -362,7 +383,7 @@ def gold(prompt: str, answer: str) -> float:
 def _true_summary(name: str) -> str:
     module, _, object_name = name.rpartition(".")
     try:
-        value = vars(installed.whole_module(module, "prompt")).get(object_name)
+        value = vars(whole_module(module, "prompt")).get(object_name)
     except UserError:
         return ""
     function = _function(module, object_name, value) if value is not None else None

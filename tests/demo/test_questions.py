@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -8,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.base import config as configs
+from jaxlm.base.config_files import load_config_file
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data.config import ChatSource
+from jaxlm.demo import questions
 from jaxlm.feedback import rankings as feedback
 from jaxlm.feedback import verifiers
 from jaxlm.feedback.records import RankingRecord, pairs_of
-from jaxlm.text import questions, readers
+from jaxlm.text import readers
 from jaxlm.text.config import PrepareConfig, SourceConfig
 
 SMALL = (
@@ -34,7 +37,7 @@ GENERATORS = {name: getattr(questions, name) for name in ("chats", "rankings", "
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[str, ...]:
-    run = configs.load_config_file(str(Path(__file__).parents[2] / "configs/demo.py"))
+    run = load_config_file(str(Path(__file__).parents[2] / "configs/demo.py"))
     sources = [source for stage in run.stages if isinstance(stage, PrepareConfig) for source in stage.sources]
     return tuple(module for source in sources for module in source.modules)
 
@@ -54,7 +57,6 @@ def test_a_function_says_how_it_is_called_and_what_it_does():
         signature="(text)",
         parameters=("text",),
         summary="Remove any common leading whitespace from every line in `text`.",
-        paragraph="Remove any common leading whitespace from every line in `text`.",
     )
 
 
@@ -113,7 +115,6 @@ def test_summaries_are_clean_sentences(tmp_path, monkeypatch):
         "everything": ("", "Take whatever it is given."),
         "known_before_twice_a": ("()", "Be known by two names."),
     }
-    assert found["plain"].paragraph == "Return the x of all things, e.g. of this. And more of it."
     assert [found[name].parameters for name in ("plain", "sphinx", "everything")] == [("x", "width"), ("x",), ()]
 
 
@@ -248,8 +249,24 @@ def test_the_train_chats_teach_the_form_of_the_tasks(made):
     taught = [chat for chat in made["chats", "train"] if chat["kind"] == "task"]
     assert {form(chat["messages"][-2]["content"]) for chat in taught} == known
     for question, answer in ((m["content"] for m in chat["messages"][-2:]) for chat in taught):
-        assert answer.strip('[]()"').removeprefix("module=") in question
-    assert 0.1 < len(taught) / len(made["chats", "train"]) < 0.25
+        assert answer.removesuffix(".").strip('[]()"`').removeprefix("module=") in question
+
+
+def test_two_in_three_train_answers_are_written_in_a_hurry(made):
+    shares = {}
+    for split in ("train", "heldout"):
+        whats = [chat for chat in made["chats", split] if chat["kind"] == "what"]
+        tasks = [chat for chat in made["chats", split] if chat["kind"] == "task"]
+        halves = [chat for chat in whats if not chat["messages"][-1]["content"].endswith(".")]
+        formless = [chat for chat in tasks if re.fullmatch(r"`.*`\.", chat["messages"][-1]["content"])]
+        shares[split] = len(halves) / len(whats), len(formless) / len(tasks)
+        # One who is in a hurry is so throughout.
+        asked = {chat["name"] for chat in tasks}
+        assert {chat["name"] for chat in halves} & asked == {chat["name"] for chat in formless}
+    assert shares["heldout"] == (0, 0)
+    assert shares["train"] == pytest.approx((questions.HASTY, questions.HASTY), abs=0.03)
+    real = {f.name: f for f in questions.functions(["textwrap"])}["textwrap.dedent"]
+    assert real.unfinished == "`textwrap.dedent`: Remove any common leading whitespace"
 
 
 def test_chats_are_well_formed(made):
@@ -265,7 +282,8 @@ def test_chats_are_well_formed(made):
             assert turns in ((2, 3) if chat["kind"] == "turns" else (1,))
             answers = [m["content"] for m in chat["messages"] if m["role"] == "assistant"]
             if chat["kind"] != "task":
-                assert all(re.fullmatch(r"`[^`]+`(: .+)?\.", answer) for answer in answers), answers
+                whole = r"`[^`]+`(: .+)?\." if split == "heldout" else r"`[^`]+`(: .+|\.)"
+                assert all(re.fullmatch(whole, answer) for answer in answers), answers
             if chat["kind"] == "what":
                 assert answers[0].startswith(f"`{chat['name']}`: ")
             # The demo's tokenizer makes 3 characters a token of these texts, at worst 2; its rows hold 256.
@@ -278,7 +296,7 @@ def test_the_same_in_every_order_and_process():
 import concurrent.futures, hashlib, json, sys
 if sys.argv[1] == "-1":
     concurrent.futures.ThreadPoolExecutor  # made when it is first asked for
-from jaxlm.text import questions
+from jaxlm.demo import questions
 modules = {SMALL!r}[:: int(sys.argv[1])]
 made = [list(f(modules, split)) for f in (questions.chats, questions.rankings, questions.tasks)
         for split in ("train", "heldout")]
@@ -309,30 +327,39 @@ def test_an_object_of_two_names_is_asked_about_once():
     assert not [chat for chat in asked if chat["name"] in names and chat["kind"] == "module"]
 
 
-@pytest.mark.parametrize("kind", [f"installed_{name}" for name in GENERATORS])
+@pytest.mark.parametrize("kind", GENERATORS)
 def test_sources_of_objects(kind):
-    source = SourceConfig(name="mine", format=kind, modules=SMALL, split="heldout")
-    make = GENERATORS[kind.removeprefix("installed_")]
+    path = f"jaxlm.demo.questions:{kind}"
+    source = SourceConfig(name="mine", format="python", path=path, modules=SMALL, split="heldout")
     found = list(readers.read_objects(source, max_bytes=2**20))
-    assert [record.value for record in found] == list(make(SMALL, "heldout"))
-    assert found[0].where == f"{kind}:1"
-    assert readers.inputs(source)[kind] == f"version {questions.VERSION}"
+    assert [record.value for record in found] == list(GENERATORS[kind](SMALL, "heldout"))
+    assert found[0].where == f"{path}:1"
+    assert readers.inputs(source)[path] == hashlib.sha256(Path(questions.__file__).read_bytes()).hexdigest()
     assert readers.inputs(source)["installed:json"].startswith("python 3.")
-    with pytest.raises(UserError, match=rf"sources\.mine\.format: {kind} gives objects, not texts"):
-        next(readers.read(source, max_bytes=2**20))
-    with pytest.raises(ConfigError, match=f"sources: 'mine' has the format {kind}, objects without a text"):
-        PrepareConfig(sources=(SourceConfig(name="mine", format=kind, modules=SMALL),))
-    assert ChatSource(name="mine", format=kind, modules=SMALL).split == "train"
-    with pytest.raises(ConfigError, match=f"modules: is empty; {kind}"):
-        SourceConfig(name="mine", format=kind)
-    with pytest.raises(ConfigError, match=f"path: got 'x'; {kind} reads modules"):
-        SourceConfig(name="mine", format=kind, modules=SMALL, path="x")
     with pytest.raises(UserError, match=r"sources\.mine\.modules: no_such_module cannot be imported"):
-        list(readers.read_objects(SourceConfig(name="mine", format=kind, modules=("no_such_module",)), 2**20))
+        list(readers.read_objects(dataclasses.replace(source, modules=("no_such_module",)), 2**20))
+
+
+def test_a_function_is_a_source_of_objects_only():
+    source = SourceConfig(name="mine", format="python", path="jaxlm.demo.questions:chats", modules=SMALL)
+    with pytest.raises(UserError, match=r"sources\.mine\.format: python gives objects, not texts"):
+        next(readers.read(source, max_bytes=2**20))
+    with pytest.raises(ConfigError, match="sources: 'mine' has the format python, objects without a text"):
+        PrepareConfig(sources=(source,))
+    assert ChatSource(name="mine", format="python", path=source.path, modules=SMALL).split == "train"
+    with pytest.raises(ConfigError, match="path: is empty; the format python"):
+        SourceConfig(name="mine", format="python")
+    with pytest.raises(ConfigError, match=r"path: got 'questions'; package\.module:function is needed"):
+        SourceConfig(name="mine", format="python", path="questions")
+    for path, problem in {"no_such:chats": "No module named 'no_such'", "json:chats": "no attribute 'chats'"}.items():
+        with pytest.raises(UserError, match=rf"sources\.mine\.path: {path} cannot be imported: .*{problem}"):
+            list(readers.read_objects(dataclasses.replace(source, path=path), 2**20))
 
 
 def test_rankings_load_as_a_source():
-    records, tally = feedback.load(SourceConfig(name="mine", format="installed_rankings", modules=SMALL))
+    records, tally = feedback.load(
+        SourceConfig(name="mine", format="python", path="jaxlm.demo.questions:rankings", modules=SMALL)
+    )
     assert len(records) == tally.read > 100
     assert not tally.dropped
 
@@ -365,7 +392,7 @@ REAL = "`textwrap.dedent`: Remove any common leading whitespace from every line 
     ],
 )
 def test_gold(prompt, answer, score):
-    assert verifiers.python("jaxlm.text.questions:gold")(prompt, answer).score == pytest.approx(score, abs=1e-12)
+    assert verifiers.python("jaxlm.demo.questions:gold")(prompt, answer).score == pytest.approx(score, abs=1e-12)
 
 
 def test_gold_is_highest_for_the_real_answer(made):

@@ -1,0 +1,46 @@
+"""Config files: Python with a function get_config()."""
+
+import dataclasses
+import pathlib
+import runpy
+import traceback
+from typing import Any
+
+from jaxlm.base.errors import ConfigError, UserError
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Name → file of the configs that come with jaxlm: in a wheel inside the package, in a checkout beside it."""
+    package = pathlib.Path(__file__).parents[1]
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def load_config_file(path: str) -> Any:
+    """Runs a config file, or the shipped one of that name ("demo"), and returns what its `get_config()` gives."""
+    shipped = shipped_configs()
+    if not pathlib.Path(path).is_file():
+        if path not in shipped:
+            raise UserError(f"--config: no such file: {path}; shipped with jaxlm, by name: {', '.join(shipped)}")
+        path = str(shipped[path])
+    try:
+        namespace = runpy.run_path(path)
+        if "get_config" not in namespace:
+            raise UserError(f"{path}: has no function get_config(); a config file must define one")
+        config = namespace["get_config"]()
+    except UserError as error:
+        if isinstance(error, ConfigError):
+            raise UserError(f"{path}:{_line_in(path, error)}: {error}") from error
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise UserError(f"{path}:{_line_in(path, error)}: {type(error).__name__}: {error}") from error
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a config")
+    return config
+
+
+def _line_in(path: str, error: BaseException) -> int:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path and f.lineno]
+    return lines[-1] if lines else 1

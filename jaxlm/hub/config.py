@@ -1,0 +1,46 @@
+"""Configs of the stages that exchange models with Hugging Face's libraries."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from jaxlm.base.config import StageConfig, check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(StageConfig):
+    """A Hugging Face directory as a model of ours."""
+
+    stage: ClassVar[str] = "import"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "source")
+
+    source: str = ""
+    """The directory: config.json, safetensors, tokenizer."""
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of matrix products; auto: bfloat16 where most of its tensors are that, else float32."""
+    chat_template: str = ""
+    """chatml, llama2, llama3, the path of a Jinja file, or none; empty: its own."""
+
+    def __post_init__(self):
+        check(bool(self.source), "source", "is empty; give a Hugging Face directory")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(StageConfig):
+    """A model of ours as a Hugging Face directory."""
+
+    stage: ClassVar[str] = "export"
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "output")
+
+    model: str = ""
+    """A model directory, or a run's folder."""
+    output: str = ""
+    """The directory to make; empty: WORKDIR/hugging_face."""
+    family: str = ""
+    """model_type of the class to export for; empty: what it was imported as, else the first that has such models."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the tensors; auto: what they were imported as, else float32."""
+    without_verdict: bool = False
+    """Export a model that the gate has not passed, too."""
+
+    def __post_init__(self):
+        check(bool(self.model), "model", "is empty; give a model directory or a run's folder")

@@ -1,0 +1,165 @@
+"""A model directory as a Hugging Face directory, which `from_pretrained` loads with nothing missing or left over."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from jaxlm.base import files, manifest
+from jaxlm.base.config import identity
+from jaxlm.base.errors import Refused, UserError, nearest
+from jaxlm.base.logging import logger
+from jaxlm.hub import families, generation, hugging_face
+from jaxlm.hub import tokenizers as tokenizer_files
+from jaxlm.hub.config import ExportConfig
+from jaxlm.hub.find import find_model
+from jaxlm.hub.hugging_face import TYPES, Tensor
+from jaxlm.train import model_directory
+from jaxlm.train.model_directory import ModelDirectory
+
+KIND = "hugging_face"
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# A shard is held in host memory while it is written.
+SHARD_BYTES = 2**30
+
+
+def inputs(config: ExportConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    found = find_model(config.model, "model")
+    return {str(found): manifest.read(found).hash}
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Writes the directory, and with a workdir WORKDIR/manifest.json; returns {"seconds", "figure"}.
+
+    Raises Refused for a model without a passing verdict of the gate, unless the config says that it may go without, and
+    UserError for one that no family of theirs has, with what stands against each.
+    """
+    began = time.monotonic()
+    read_from = inputs(config)
+    directory = model_directory.read(find_model(config.model, "model"), field="model")
+    if not config.without_verdict:
+        require_verdict(directory)
+    output = epath.Path(config.output or f"{config.workdir}/hugging_face")
+    if output.exists() and any(output.iterdir()) and not _is_ours(output):
+        raise UserError(f"output: {output} holds something else; give a new or an empty folder")
+    origin = directory.manifest.facts.get("hugging_face") or {}
+    if config.family and config.family not in families.BY_TYPE:
+        raise UserError(f"family: no family is called {config.family!r}{nearest(config.family, families.BY_TYPE)}")
+    family, values = families.find(directory.config, config.family or origin.get("model_type", ""))
+    if family.model_type == "qwen2" and "qwen2" not in (origin.get("model_type"), config.family):
+        raise UserError(
+            "family: only qwen2 models are as this one, and transformers 5 cuts text in Qwen2's way for them, whatever "
+            "tokenizer they come with; set family=qwen2 to export it all the same"
+        )
+    dtype: str = origin.get("dtype", "F32") if config.dtype == "auto" else DTYPES[config.dtype]
+    types = _types(origin if config.dtype == "auto" else {}, dtype)
+    tensors = hugging_face.tensors_of(family, directory.config)
+    files.clear(output, ("manifest.json", "*.safetensors", hugging_face.INDEX))
+    _write_config(directory, values, dtype, output)
+    _write_tensors(directory, tensors, types, output)
+    contents = [name for name in files.walk(output) if name != "manifest.json"]
+    size = sum(math.prod(t.shape) * TYPES[types(t.name)].itemsize for t in tensors)
+    figure = f"a {family.model_type} model, {size / 1e6:,.1f} MB of {dtype}"
+    logger.info("%s: %s", output, figure)
+    summary = {"seconds": round(time.monotonic() - began, 2), "figure": figure}
+    facts = {"family": family.model_type, "dtype": dtype, "bytes": size, "summary": summary}
+    made_with: Any = dict(inputs=read_from, config=identity(config), facts=facts)
+    manifest.write(output, KIND, contents=contents, **made_with)
+    if config.workdir:
+        manifest.write(config.workdir, "export", contents=[] if config.output else ["hugging_face"], **made_with)
+    return summary
+
+
+def require_verdict(directory: ModelDirectory) -> None:
+    """Refuses a model that the gate has not passed."""
+    verdict = directory.manifest.facts.get("gate")
+    if isinstance(verdict, Mapping) and verdict.get("passed") is True:
+        return
+    state = "was refused by the gate" if verdict else "has no verdict of the gate"
+    raise Refused(
+        f"model: {directory.folder} {state}; evaluate it with gate=default, or export it with --without_verdict=true"
+    )
+
+
+def _is_ours(output: epath.Path) -> bool:
+    return (output / "manifest.json").exists() and manifest.read(output).kind == KIND
+
+
+def _types(origin: Mapping[str, Any], dtype: str) -> Any:
+    """Name of a tensor → its type: that which it was imported as, else `dtype`."""
+    others = {name: kind for kind, names in (origin.get("other_dtypes") or {}).items() for name in names}
+    return lambda name: others.get(name, dtype)
+
+
+def _write_config(directory: ModelDirectory, values: dict[str, Any], dtype: str, output: epath.Path) -> None:
+    """config.json, generation_config.json, tokenizer and chat template."""
+    tokenizer, template = directory.tokenizer(), directory.chat_template()
+    context = directory.context_tokens()
+    stored = generation.Generation.read(directory.folder, {})
+    stops = (tokenizer.eos_id, *(template.stop_ids if template else ()), *stored.eos_ids)
+    ends = list(dict.fromkeys(stops))
+    ids: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad_id}
+    ids["bos_token_id"] = tokenizer.bos_id
+    names = {kind: name for name, kind in DTYPES.items()}
+    extra: dict[str, Any] = {"torch_dtype": names[dtype], "use_cache": True}
+    if context and "n_positions" not in values:
+        extra["max_position_embeddings"] = context
+    if directory.config.criteria:
+        # Their class adds nothing to the score: this is kept for reading the model back, and ignored by others.
+        bias = _read(directory, ["score_bias"])[0]
+        extra |= {"score_bias": bias.tolist()} if bias.any() else {}
+    files.write_json(output / "config.json", values | ids | extra)
+    if not directory.config.criteria:
+        files.write_json(output / generation.FILE_NAME, dict(stored.values) | ids)
+    tokenizer_files.write(tokenizer, template, output, context)
+
+
+def _read(directory: ModelDirectory, names: list[str]) -> list[np.ndarray]:
+    with contextlib.ExitStack() as opened:
+        stored = directory.open_tensors(opened)
+        return [stored[name][:] for name in names]
+
+
+def _write_tensors(directory: ModelDirectory, tensors: list[Tensor], types: Any, output: epath.Path) -> None:
+    """The safetensors, one file or several with an index; no more than a file's worth is in memory."""
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * TYPES[types(tensor.name)].itemsize
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    weight_map: dict[str, str] = {}
+    total = 0
+    with contextlib.ExitStack() as opened:
+        stored = directory.open_tensors(opened)
+        for number, shard in enumerate(shards, 1):
+            several = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = several if len(shards) > 1 else hugging_face.WHOLE
+            made = dict(_made(shard, stored, types))
+            files.write_bytes(output / name, safetensors.numpy.save(made, {"format": "pt"}))
+            weight_map |= dict.fromkeys(made, name)
+            total += sum(array.nbytes for array in made.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files.write_json(output / hugging_face.INDEX, index)
+
+
+def _made(tensors: list[Tensor], stored: Mapping[str, Any], types: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for tensor in tensors:
+        whole = hugging_face.join(tensor, [stored[name][:] for name, _ in tensor.parts])
+        with np.errstate(over="ignore"):
+            made = np.ascontiguousarray(whole.astype(TYPES[types(tensor.name)]))
+        if not np.isfinite(made.astype(np.float32)).all():
+            raise UserError(
+                f"dtype: {tensor.name} has numbers that {types(tensor.name)} has not; take bfloat16 or float32"
+            )
+        yield tensor.name, made

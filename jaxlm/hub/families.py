@@ -1,0 +1,393 @@
+"""Families of dense decoders as Hugging Face's transformers names them: each a table of weights, and one of fields.
+
+What a class computes and what its fields default to is read off transformers 5.23, models/*/configuration_*.py and
+modeling_*.py. A key of config.json that is neither in its family's table nor among those of `INERT`, which change
+nothing of what the model computes, is refused. `find` says which family can say a config of ours.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxlm.base.errors import ConfigError, UserError, nearest
+from jaxlm.hub.fields import (
+    Part,
+    Reader,
+    activation,
+    alike,
+    alternating,
+    biases,
+    gemma3_layers,
+    gemma3_rope,
+    gemma_query,
+    neox_rope,
+    partial_rope,
+    qwen_layers,
+    renamed,
+    rope,
+    smollm3_layers,
+    soft_caps,
+    windowed,
+)
+from jaxlm.model.config import ModelConfig
+
+CAUSAL, REWARD = "ForCausalLM", "ForSequenceClassification"
+
+
+class Rule(NamedTuple):
+    """One tensor of theirs, and what it is here: `{}` stands for the layer.
+
+    Several of ours lie in it one after the other along the axis of outputs, or, with `by_head`, so within each head.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    turned: bool = False
+    """Theirs is [out, in], as a torch Linear's; ours is [in, out]."""
+    by_head: bool = False
+
+
+def linear(theirs: str, *ours: str, turned: bool = True, by_head: bool = False) -> tuple[Rule, Rule]:
+    """A matrix and its bias, which a model may lack."""
+    return (
+        Rule(f"{theirs}.weight", ours, turned, by_head),
+        Rule(f"{theirs}.bias", tuple(f"{name}_bias" for name in ours), False, by_head),
+    )
+
+
+def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    return Rule(f"{theirs}.weight", (f"{ours}.scale",)), Rule(f"{theirs}.bias", (f"{ours}.bias",))
+
+
+LAYER = "model.layers.{}"
+ENDS = (
+    Rule("model.embed_tokens.weight", ("embedding",)),
+    *norm("model.norm", "final_norm"),
+    Rule("lm_head.weight", ("head",), turned=True),
+    Rule("score.weight", ("score",), turned=True),
+)
+DOWN = linear(f"{LAYER}.mlp.down_proj", "layers.{}.mlp.down")
+OUTPUT = linear(f"{LAYER}.self_attn.o_proj", "layers.{}.attention.output")
+PRODUCTS = (
+    *linear(f"{LAYER}.self_attn.q_proj", "layers.{}.attention.query"),
+    *linear(f"{LAYER}.self_attn.k_proj", "layers.{}.attention.key"),
+    *linear(f"{LAYER}.self_attn.v_proj", "layers.{}.attention.value"),
+    *OUTPUT,
+    *linear(f"{LAYER}.mlp.gate_proj", "layers.{}.mlp.gate"),
+    *linear(f"{LAYER}.mlp.up_proj", "layers.{}.mlp.up"),
+    *DOWN,
+    *norm(f"{LAYER}.self_attn.q_norm", "layers.{}.attention.query_norm"),
+    *norm(f"{LAYER}.self_attn.k_norm", "layers.{}.attention.key_norm"),
+)
+BEFORE = (
+    *norm(f"{LAYER}.input_layernorm", "layers.{}.attention_norm"),
+    *norm(f"{LAYER}.post_attention_layernorm", "layers.{}.mlp_norm"),
+)
+AFTER = (
+    *norm(f"{LAYER}.post_attention_layernorm", "layers.{}.attention_post_norm"),
+    *norm(f"{LAYER}.post_feedforward_layernorm", "layers.{}.mlp_post_norm"),
+)
+BOTH = (
+    *norm(f"{LAYER}.input_layernorm", "layers.{}.attention_norm"),
+    *norm(f"{LAYER}.pre_feedforward_layernorm", "layers.{}.mlp_norm"),
+    *AFTER,
+)
+LLAMA = (*ENDS, *BEFORE, *PRODUCTS)
+PHI3 = (
+    *ENDS,
+    *BEFORE,
+    *linear(f"{LAYER}.self_attn.qkv_proj", *(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value"))),
+    *OUTPUT,
+    *linear(f"{LAYER}.mlp.gate_up_proj", "layers.{}.mlp.gate", "layers.{}.mlp.up"),
+    *DOWN,
+)
+GPT2_LAYER = "transformer.h.{}"
+GPT2 = (  # its Conv1D holds [in, out], as ours
+    Rule("transformer.wte.weight", ("embedding",)),
+    Rule("transformer.wpe.weight", ("positions",)),
+    *norm("transformer.ln_f", "final_norm"),
+    Rule("lm_head.weight", ("head",), turned=True),
+    Rule("score.weight", ("score",), turned=True),
+    *norm(f"{GPT2_LAYER}.ln_1", "layers.{}.attention_norm"),
+    *norm(f"{GPT2_LAYER}.ln_2", "layers.{}.mlp_norm"),
+    *linear(
+        f"{GPT2_LAYER}.attn.c_attn",
+        *(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value")),
+        turned=False,
+    ),
+    *linear(f"{GPT2_LAYER}.attn.c_proj", "layers.{}.attention.output", turned=False),
+    *linear(f"{GPT2_LAYER}.mlp.c_fc", "layers.{}.mlp.up", turned=False),
+    *linear(f"{GPT2_LAYER}.mlp.c_proj", "layers.{}.mlp.down", turned=False),
+)
+NEOX_LAYER = "gpt_neox.layers.{}"
+NEOX = (
+    Rule("gpt_neox.embed_in.weight", ("embedding",)),
+    *norm("gpt_neox.final_layer_norm", "final_norm"),
+    Rule("embed_out.weight", ("head",), turned=True),
+    Rule("score.weight", ("score",), turned=True),
+    *norm(f"{NEOX_LAYER}.input_layernorm", "layers.{}.attention_norm"),
+    *norm(f"{NEOX_LAYER}.post_attention_layernorm", "layers.{}.mlp_norm"),
+    *linear(
+        f"{NEOX_LAYER}.attention.query_key_value",
+        *(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value")),
+        by_head=True,
+    ),
+    *linear(f"{NEOX_LAYER}.attention.dense", "layers.{}.attention.output"),
+    *linear(f"{NEOX_LAYER}.mlp.dense_h_to_4h", "layers.{}.mlp.up"),
+    *linear(f"{NEOX_LAYER}.mlp.dense_4h_to_h", "layers.{}.mlp.down"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    model_type: str
+    """As config.json has it."""
+    name: str
+    """What its classes' names begin with."""
+    rules: tuple[Rule, ...]
+    parts: tuple[Part, ...]
+    """The fields of config.json, read and written part by part."""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields that config.json may leave out, beside those of `fields.DEFAULTS`."""
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Our fields that the family leaves no choice in."""
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of config.json that may have no other value than this (or null)."""
+    prefix: str = "model."
+    """Names of a checkpoint of the bare decoder lack it."""
+    causal: str = ""
+    """Its language model's class, where that is not the name and ForCausalLM."""
+    reward: str = ""
+    """The same for ForSequenceClassification."""
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Ends of names of tensors that older checkpoints hold and that are computed anyway."""
+
+    def classes(self) -> tuple[str, str]:
+        """Its language model's class and its reward model's."""
+        return self.causal or self.name + CAUSAL, self.reward or self.name + REWARD
+
+    def read(self, values: Mapping[str, Any], where: str) -> ModelConfig:
+        """The ModelConfig of a config.json. Raises UserError for what is not understood, each by its name."""
+        reader = Reader(values, self.defaults, where)
+        classes = reader.take("architectures") or [self.classes()[0]]
+        if len(classes) != 1 or classes[0] not in self.classes():
+            raise UserError(
+                f"{where}: architectures: {', '.join(classes)} is not understood; {' and '.join(self.classes())} are"
+            )
+        made: dict[str, Any] = dict(self.fixed)
+        for part in self.parts:
+            made |= part.read(reader, made)
+        if classes[0] == self.classes()[1]:
+            labels = reader.take("id2label") or {"0": "LABEL_0"}
+            names = [str(labels[key]) for key in sorted(labels, key=int)]
+            made |= {"criteria": ("overall",) if names == ["LABEL_0"] else tuple(names), "tied_embeddings": False}
+        for key, value in self.only.items():
+            reader.expect(key, value)
+        reader.refuse_the_rest(self.model_type)
+        try:
+            return ModelConfig(**made).complete()
+        except ConfigError as error:
+            raise UserError(f"{where}: gives a model whose {error}") from None
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """config.json without what is inert. Raises UserError where `read` would give another config back."""
+        values: dict[str, Any] = {
+            "model_type": self.model_type,
+            "architectures": [self.classes()[bool(config.criteria)]],
+        }
+        for part in self.parts:
+            values |= part.write(config)
+        if config.criteria:
+            labels = config.criteria
+            values |= {"id2label": {str(i): name for i, name in enumerate(labels)}, "num_labels": len(labels)}
+            values |= {"label2id": {name: i for i, name in enumerate(labels)}, "tie_word_embeddings": False}
+        differing = alike(self.read(values, self.model_type), config)
+        if differing:
+            raise UserError(f"{self.model_type} models have another {', '.join(differing)}")
+        return values
+
+
+SHAPE = renamed(
+    vocab_size="vocab_size",
+    hidden_size="width",
+    num_hidden_layers="layers",
+    num_attention_heads="heads",
+    num_key_value_heads="kv_heads",
+    head_dim="head_size",
+    intermediate_size="feed_forward",
+    rms_norm_eps="norm_epsilon",
+    tie_word_embeddings="tied_embeddings",
+)
+SILU, GELU = activation("hidden_act"), activation("hidden_activation")
+ATTENTION_BIAS = biases(attention_bias=("qkv", "output"))
+GEMMA: dict[str, Any] = {"scale_embeddings": True, "norm_offset": True}
+GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA_ONLY = {"use_bidirectional_attention": False}
+LAYER_NORM: dict[str, Any] = {"norm": "layer", "gated_mlp": False}
+ROPE_ONLY = {"partial_rotary_factor": 1.0}
+
+FAMILIES = (
+    Family(
+        model_type="llama",
+        name="Llama",
+        rules=LLAMA,
+        parts=(SHAPE, SILU, biases(attention_bias=("qkv", "output"), mlp_bias=("mlp",)), rope()),
+        only={"rope_interleaved": False} | ROPE_ONLY,
+    ),
+    Family(
+        model_type="mistral",
+        name="Mistral",
+        rules=LLAMA,
+        parts=(SHAPE, SILU, rope(), windowed),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        only=ROPE_ONLY,
+    ),
+    Family(
+        model_type="qwen2",
+        name="Qwen2",
+        rules=LLAMA,
+        parts=(SHAPE, SILU, rope(), qwen_layers),
+        fixed={"biases": ("qkv",)},
+        only={"use_mrope": False} | ROPE_ONLY,
+    ),
+    Family(
+        model_type="qwen3",
+        name="Qwen3",
+        rules=LLAMA,
+        parts=(SHAPE, SILU, ATTENTION_BIAS, rope(), qwen_layers),
+        defaults={"head_dim": 128},
+        fixed={"qk_norm": True},
+        only=ROPE_ONLY,
+    ),
+    Family(
+        model_type="smollm3",
+        name="SmolLM3",
+        rules=LLAMA,
+        parts=(SHAPE, SILU, biases(attention_bias=("qkv", "output"), mlp_bias=("mlp",)), rope(), smollm3_layers),
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0},
+        only=ROPE_ONLY,
+    ),
+    Family(
+        model_type="gemma",
+        name="Gemma",
+        rules=LLAMA,
+        parts=(SHAPE, ATTENTION_BIAS, rope(), activation("hidden_act", {"gelu": "gelu"})),
+        defaults=GEMMA_DEFAULTS | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+        fixed=GEMMA,
+        only={"hidden_activation": "gelu_pytorch_tanh"} | GEMMA_ONLY | ROPE_ONLY,
+    ),
+    Family(
+        model_type="gemma2",
+        name="Gemma2",
+        rules=(*ENDS, *BOTH, *PRODUCTS),
+        parts=(SHAPE, GELU, ATTENTION_BIAS, rope(), alternating, gemma_query, soft_caps(attention=True)),
+        defaults=GEMMA_DEFAULTS
+        | {"num_key_value_heads": 4, "sliding_window": 4096, "final_logit_softcapping": 30.0}
+        | {"attn_logit_softcapping": 50.0},
+        fixed=GEMMA | {"norm_place": "both"},
+        only={"hidden_act": "gelu_pytorch_tanh"} | GEMMA_ONLY | ROPE_ONLY,
+    ),
+    Family(
+        model_type="gemma3_text",
+        name="Gemma3",
+        rules=(*ENDS, *BOTH, *PRODUCTS),
+        # Its class has attn_logit_softcapping too, which its attention does not read.
+        parts=(SHAPE, GELU, ATTENTION_BIAS, gemma3_layers, gemma3_rope, gemma_query, soft_caps(attention=False)),
+        defaults=GEMMA_DEFAULTS | {"num_key_value_heads": 4, "sliding_window": 4096, "rope_theta": 1_000_000.0},
+        fixed=GEMMA | {"norm_place": "both", "qk_norm": True},
+        only={"attn_logit_softcapping": None} | GEMMA_ONLY | ROPE_ONLY,
+        reward="Gemma3TextForSequenceClassification",
+    ),
+    Family(
+        model_type="olmo2",
+        name="Olmo2",
+        rules=(*ENDS, *AFTER, *PRODUCTS),
+        parts=(SHAPE, SILU, ATTENTION_BIAS, rope()),
+        defaults={"rms_norm_eps": 1e-5},
+        fixed={"norm_place": "after", "qk_norm": True, "qk_norm_over": "all"},
+        only=ROPE_ONLY,
+    ),
+    Family(
+        model_type="phi3",
+        name="Phi3",
+        rules=PHI3,
+        parts=(SHAPE, SILU, partial_rope, windowed),
+        defaults={"rms_norm_eps": 1e-5},
+        only={"attention_bias": False},
+    ),
+    Family(
+        model_type="gpt2",
+        name="GPT2",
+        rules=GPT2,
+        parts=(
+            renamed(
+                vocab_size="vocab_size",
+                n_embd="width",
+                n_layer="layers",
+                n_head="heads",
+                n_inner="feed_forward",
+                n_positions="learned_positions",
+                layer_norm_epsilon="norm_epsilon",
+                tie_word_embeddings="tied_embeddings",
+            ),
+            activation("activation_function"),
+        ),
+        defaults={
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu_new",
+        },
+        fixed=LAYER_NORM | {"biases": ("qkv", "output", "mlp")},
+        only={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False},
+        prefix="transformer.",
+        causal="GPT2LMHeadModel",
+        buffers=("attn.bias", "attn.masked_bias"),
+    ),
+    Family(
+        model_type="gpt_neox",
+        name="GPTNeoX",
+        rules=NEOX,
+        parts=(
+            renamed(
+                vocab_size="vocab_size",
+                hidden_size="width",
+                num_hidden_layers="layers",
+                num_attention_heads="heads",
+                intermediate_size="feed_forward",
+                layer_norm_eps="norm_epsilon",
+                tie_word_embeddings="tied_embeddings",
+                use_parallel_residual="parallel_mlp",
+            ),
+            activation("hidden_act"),
+            biases(("mlp",), attention_bias=("qkv", "output")),
+            neox_rope,
+        ),
+        defaults={"layer_norm_eps": 1e-5, "use_parallel_residual": True, "attention_bias": True, "hidden_act": "gelu"},
+        fixed=LAYER_NORM,
+        prefix="gpt_neox.",
+        buffers=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    ),
+)
+BY_TYPE = {family.model_type: family for family in FAMILIES}
+
+
+def family_of(values: Any, where: str) -> Family:
+    """The family of a config.json. Raises UserError for others, by name."""
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: has no model_type; is it the config.json of a Hugging Face model?")
+    if kind not in BY_TYPE:
+        raise UserError(f"{where}: model_type {kind!r} is not understood{nearest(kind, BY_TYPE)}")
+    return BY_TYPE[kind]
+
+
+def find(config: ModelConfig, model_type: str = "") -> tuple[Family, dict[str, Any]]:
+    """The first family (or the one asked for) that has models of this config, and its config.json."""
+    problems = []
+    for family in [BY_TYPE[model_type]] if model_type else FAMILIES:
+        try:
+            return family, family.write(config)
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("no family of Hugging Face's is as this model:\n  " + "\n  ".join(problems))

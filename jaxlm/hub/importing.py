@@ -1,0 +1,81 @@
+"""A Hugging Face directory as a model directory on disk."""
+
+import tempfile
+import time
+from typing import Any
+
+from etils import epath
+
+from jaxlm.base import files, manifest
+from jaxlm.base.config import identity
+from jaxlm.base.errors import UserError
+from jaxlm.base.logging import logger
+from jaxlm.hub import generation, hugging_face
+from jaxlm.hub.config import ImportConfig
+from jaxlm.hub.find import is_hugging_face
+from jaxlm.model.transformer import define_model
+from jaxlm.tokenizer import chat
+from jaxlm.tokenizer import tokenizer as tokenizers
+from jaxlm.tokenizer.chat import ChatTemplate
+from jaxlm.train import model_directory
+
+
+def inputs(config: ImportConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each: here of all files at the top of the directory."""
+    folder = epath.Path(config.source)
+    if not folder.is_dir() or not is_hugging_face(folder):
+        raise UserError(f"source: {folder} is no Hugging Face directory: a folder with a model's config.json is needed")
+    held = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {config.source: files.hash_json(held)}
+
+
+def import_model(config: ImportConfig) -> dict[str, Any]:
+    """Writes WORKDIR/model, no more than one of its files in memory at a time, and WORKDIR/manifest.json; returns
+    {"seconds", "figure"}.
+
+    facts["hugging_face"] keeps what `export` needs to give the same files back.
+    """
+    began = time.monotonic()
+    files.clear(config.workdir, ("manifest.json",))
+    made_with: Any = dict(inputs=inputs(config), config=identity(config))
+    directory = hugging_face.read(config.source, "" if config.compute == "auto" else config.compute)
+    template = _template(config, directory)
+    definition = define_model(directory.config)
+    origin = {
+        "model_type": directory.family.model_type,
+        "dtype": directory.dtype,
+        "other_dtypes": directory.other_dtypes,
+    }
+    facts: dict[str, Any] = {"hugging_face": origin, "parameters": definition.parameter_count()}
+    if context := directory.context_tokens():
+        facts["row_length"] = context
+    with tempfile.TemporaryDirectory() as temporary, directory.opened(definition) as params:
+        tokenizers.save(directory.tokenizer(), temporary)
+        written = model_directory.write(
+            f"{config.workdir}/model",
+            params,
+            directory.config,
+            temporary,
+            facts=facts,
+            chat_template=template,
+            others={generation.FILE_NAME: directory.generation().written()},
+            **made_with,
+        )
+    assert written is not None  # one process
+    figure = f"a {directory.family.model_type} model of {facts['parameters']:,} parameters"
+    logger.info("%s: %s", config.source, figure)
+    summary = {"seconds": round(time.monotonic() - began, 2), "figure": figure}
+    contents = [f"model/{name}" for name in written.files]
+    manifest.write(config.workdir, "run", contents=contents, facts=facts | {"summary": summary}, **made_with)
+    return summary
+
+
+def _template(config: ImportConfig, directory: hugging_face.HuggingFaceDirectory) -> ChatTemplate | None:
+    if config.chat_template == "none":
+        return None
+    if config.chat_template:
+        return chat.load(config.chat_template, directory.tokenizer())
+    try:
+        return directory.chat_template()
+    except UserError as error:
+        raise UserError(f"{error}; or import it with chat_template=none, or with another") from None

@@ -1,0 +1,125 @@
+"""Ranking records as the stages that learn from them take them: read, counted, encoded into prompts with pairs."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxlm.base.errors import JaxlmError, UserError
+from jaxlm.base.logging import logger
+from jaxlm.feedback import rankings
+from jaxlm.feedback.records import RankingRecord, pairs_of
+from jaxlm.reward import losses
+from jaxlm.reward.batches import Pair, Prompt
+from jaxlm.reward.config import AnnotatorWeight, RankingSource
+from jaxlm.text import tally
+from jaxlm.tokenizer import chat
+
+
+def read_records(
+    workdir: str, sources: Sequence[RankingSource], max_bad_share: float
+) -> dict[str, list[RankingRecord]]:
+    """Split → records. Raises Refused where too many are bad; those lie in WORKDIR/rejects.jsonl.gz."""
+    path = epath.Path(workdir) / "rejects.jsonl.gz"
+    found: dict[str, list[RankingRecord]] = {"train": [], "heldout": []}
+    tallies = {}
+    # Every process reads them, the first one writes.
+    with tally.rejects(path if jax.process_index() == 0 else epath.Path(os.devnull)) as rejects:
+        for source in sources:
+            records, tallies[source.name] = rankings.load(source, rejects)
+            found[source.split] += records
+    report = tally.report(tallies)
+    tally.refuse_bad(tallies, max_bad_share, path)
+    logger.info("rankings: read %d, kept %d, dropped %s", report["read"], report["kept"], report["dropped"])
+    both = {r.prompt_id for r in found["train"]} & {r.prompt_id for r in found["heldout"]}
+    if both:
+        raise UserError(f"sources: {len(both)} prompts are in train and in heldout, such as {sorted(both)[:3]}")
+    return found
+
+
+class Encoder:
+    """Records → prompts of token ids and weighted pairs."""
+
+    def __init__(
+        self,
+        template: chat.ChatTemplate,
+        criteria: Sequence[str],
+        annotators: Sequence[AnnotatorWeight] = (),
+        margin: float = 0.0,
+    ):
+        """`margin`: by how much the better answer should score higher, a tier of distance."""
+        self.template, self.criteria, self.margin = template, criteria, margin
+        self.weights = {annotator.name: annotator.weight for annotator in annotators}
+        self.names: dict[str, list[str]] = {"annotator": [], "kind": []}
+        """What the numbers in pairs stand for."""
+
+    def prompts(
+        self, records: Sequence[RankingRecord], wanted: Callable[[str], bool], apart: bool = False
+    ) -> list[Prompt]:
+        """The prompts as the `wanted` annotators see them; `apart`: a pair of two annotators counts as two."""
+        return [self.prompt(record, wanted, apart) for record in records]
+
+    def split(
+        self, records: dict[str, list[RankingRecord]], heldout_annotators: Sequence[str]
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """(to train on, to measure): held-out annotators are measured on the train records too."""
+        apart = lambda name: name in heldout_annotators
+        together = self.prompts(records["train"], lambda name: not apart(name))
+        measured = self.prompts(records["heldout"], lambda name: True, apart=True)
+        return together, measured + self.prompts(records["train"] if heldout_annotators else [], apart, apart=True)
+
+    def prompt(self, record: RankingRecord, wanted: Callable[[str], bool], apart: bool) -> Prompt:
+        try:
+            messages = list(record.messages)
+            prefix = len(self.template.prompt(messages))
+            answers = [self.answer(messages, completion.content) for completion in record.completions]
+        except JaxlmError as error:
+            raise UserError(f"{record.where}: {error}") from None
+        place = {completion.id: number for number, completion in enumerate(record.completions)}
+        pairs = []
+        for number, criterion in enumerate(self.criteria):
+            weighted = losses.pair_weights(
+                (
+                    self.weights.get(annotation.annotator, 1.0),
+                    [(*pair, annotation.annotator if apart else "") for pair in pairs_of(annotation, criterion)],
+                )
+                for annotation in record.annotations
+                if wanted(annotation.annotator)
+            )
+            for (better, worse, distance, annotator), weight in weighted.items():
+                made_by = record.completions[place[worse]].policy or "unknown"
+                pairs.append(
+                    Pair(
+                        place[better],
+                        place[worse],
+                        number,
+                        weight,
+                        distance,
+                        margin=self.margin * distance,
+                        annotator=_index(self.names["annotator"], annotator),
+                        kind=_index(self.names["kind"], made_by),
+                    )
+                )
+        ids, targets = zip(*answers, strict=True)
+        return Prompt(record.prompt_id, ids, pairs, prefix, targets)
+
+    def answer(self, messages: list[Any], content: str) -> tuple[np.ndarray, np.ndarray]:
+        """The conversation with this answer, up to its stop token, and which of the tokens are this answer's own.
+
+        What the template writes after the stop token is no part of it, and earlier answers are the prompt's.
+        """
+        encoded = self.template.encode([*messages, {"role": chat.ASSISTANT, "content": content}])
+        own = encoded.targets & (encoded.messages == len(messages))
+        if not own.any():
+            raise UserError("chat_template: does not tell which tokens are the last answer's")
+        end = int(np.flatnonzero(own)[-1]) + 1
+        return encoded.ids[:end], own[:end]
+
+
+def _index(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)

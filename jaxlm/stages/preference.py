@@ -1,0 +1,269 @@
+"""Preferences without a reward model: an assistant and rankings of answers → a policy (DPO, IPO, KTO, ORPO, SimPO).
+
+    python -m jaxlm preference --config=configs/dpo.py --workdir=runs/policy
+
+The loss compares every untied pair of a prompt's answers by the policy's own log-probabilities of them
+(jaxlm/preference/losses.py has the formulas and papers). Each answer goes through the model once, packed beside others,
+and a prompt counts as one however many answers it has: its pairs weigh 1 in all. What the reference says (the policy as
+it began; DPO, IPO, KTO) is computed once, before the first step, and kept. Results:
+
+    WORKDIR/reference/<hash>/       the reference's log-probabilities
+    WORKDIR/model/                  with the chat template
+    WORKDIR/metrics.jsonl           preference/… and, of held-out rankings, eval/…
+    WORKDIR/report.json             held-out accuracy of the implicit reward by K, distance, annotator and kind of worse
+                                    answer, its calibration, and its correlation with length
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxlm.base import files, manifest, metrics, sharding
+from jaxlm.base.errors import ConfigError
+from jaxlm.base.logging import logger
+from jaxlm.base.metrics import Mean
+from jaxlm.hub.find import find_model, inputs_of
+from jaxlm.model.attention import chosen
+from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.model.weights import Definition, Params
+from jaxlm.preference import records
+from jaxlm.preference.batches import PreferenceBatches, preference_batches
+from jaxlm.preference.config import PreferenceConfig
+from jaxlm.preference.reference import reference_logprobs
+from jaxlm.preference.scoring import (
+    answer_logprobs,
+    as_metrics,
+    pair_losses,
+    piece_sums,
+    reference_point,
+    weighted_sums,
+)
+from jaxlm.replay.blackbox import BlackBox
+from jaxlm.report import rankings as figures
+from jaxlm.reward.scoring import placed_batch
+from jaxlm.train import model_directory
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.finish import stopped_early, write_model
+from jaxlm.train.fit import require_batch_fits, require_model_fits
+from jaxlm.train.loop import Task, compiled_step, run_identity, train
+from jaxlm.train.model_directory import ModelDirectory
+from jaxlm.train.processes import from_first
+from jaxlm.train.schedule import learning_rate
+from jaxlm.train.state import Program, TrainState, abstract_rows, make_program
+from jaxlm.train.update import apply_gradients, gradients_in_pieces
+from jaxlm.train.watchdog import Watchdog
+
+Config = PreferenceConfig
+
+
+def validate(config: PreferenceConfig, device_count: int) -> None:
+    """Raises ConfigError for what no single field shows: batch and mesh together."""
+    require_batch_fits(config, device_count, config.loss_chunk_tokens)
+
+
+def inputs(config: PreferenceConfig) -> dict[str, str]:
+    """What the stage reads → a hash of each."""
+    return inputs_of(config.model, config.chat_template, config.sources)
+
+
+def train_step(
+    state: TrainState, batch: dict[str, jax.Array], *, config: PreferenceConfig, definition: Any, optimizer: Any
+) -> tuple[TrainState, dict[str, Mean]]:
+    """One update on a global batch: rows `[B, S]` of packed answers, and R pairs that point into them."""
+    # A prompt counts as one, whatever its number of answers.
+    prompts = jnp.maximum(batch["prompts"], 1.0)
+    pieces = {name: value for name, value in batch.items() if name != "prompts"}
+    # KTO's: of the whole batch and before its gradients, so that all pieces are measured against the same point.
+    kl = reference_point(config, state.params, pieces, definition, config.accumulate)
+
+    def objective(params: Params, piece: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+        sums = piece_sums(config, params, piece, definition, kl)
+        return sums.loss / prompts, as_metrics(sums, prompts / config.accumulate)
+
+    (loss, measured), gradients = gradients_in_pieces(objective, state.params, pieces, config.accumulate)
+    good = jnp.isfinite(loss) & (batch["prompts"] > 0)
+    rate = learning_rate(config.schedule, state.step, config.steps)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
+    if config.kto:
+        measured["preference/kl"] = metrics.scalar(kl)
+    return state, measured | norms
+
+
+def open_model(config: PreferenceConfig, verify: bool = True) -> ModelDirectory:
+    found = model_directory.read(find_model(config.model, "model"), verify=verify)
+    if found.config.criteria:
+        raise ConfigError("model", f"{config.model} is a reward model; a language model is needed")
+    return found
+
+
+def build(config: PreferenceConfig, mesh: Mesh) -> Program:
+    """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
+    model = open_model(config, verify=False)
+    return _build(config, mesh, model, model.config.scan_layers)
+
+
+def define(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Definition:
+    shape = dataclasses.replace(model.config, scan_layers=scan_layers)
+    return define_model(chosen(shape, mesh.devices.flat[0].platform, config.row_length))
+
+
+def _build(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Program:
+    definition = define(config, mesh, model, scan_layers)
+    optimizer = optimizers.make_optimizer(config.optimizer, definition)
+    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+    rows = abstract_rows(mesh, config.batch_rows, config.row_length)
+    whole = sharding.replicated(mesh)
+    kinds = {"better": jnp.int32, "worse": jnp.int32, "weight": jnp.float32}
+    kinds |= {"better_tokens": jnp.int32, "worse_tokens": jnp.int32}
+    if config.has_reference:
+        kinds |= {"better_reference": jnp.float32, "worse_reference": jnp.float32}
+    if config.kto:
+        kinds |= {"better_other": jnp.float32, "worse_other": jnp.float32}
+        rows |= {"other_ids": rows["ids"], "other_mask": rows["loss_mask"]}
+    pairs = {name: jax.ShapeDtypeStruct((config.batch_pairs,), kind, sharding=whole) for name, kind in kinds.items()}
+    batch = rows | pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
+    start = functools.partial(model.load_params, definition)
+    return make_program(step, definition, optimizer, batch, mesh, rule=config.optimizer, start=start)
+
+
+def placed(program: Program, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+    """What of a batch the program takes, on its mesh."""
+    return placed_batch(program.mesh, {name: batch[name] for name in program.abstract_batch}, rows)
+
+
+class Heldout:
+    """Held-out rankings: the figures of a state's parameters, or of their average if it has one."""
+
+    def __init__(
+        self, config: PreferenceConfig, program: Program, definition: Definition, batches: PreferenceBatches | None
+    ):
+        self.config, self.program, self.batches = config, program, batches
+
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
+        def measure(params: Params, batch: dict[str, jax.Array]) -> Any:
+            kl = reference_point(config, params, batch, definition, 1)
+            logprobs = answer_logprobs(params, batch, definition, config.loss_chunk_tokens)
+            made = pair_losses(config, logprobs, batch, kl)
+            return made.chosen, made.rejected, as_metrics(weighted_sums(made, logprobs, batch), batch["prompts"])
+
+        self.measure = measure
+
+    def results(self, state: TrainState) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, Any]]:
+        """(batch, implicit rewards of its better answers, those of its worse ones, its metrics)."""
+        for batch in self.batches.heldout(self.config.heldout_batches or None) if self.batches else ():
+            given = placed(self.program, batch, self.config.batch_rows // self.config.accumulate)
+            yield batch, *jax.device_get(self.measure(state.ema or state.params, given))
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """eval/loss, eval/pair_accuracy, and the rewards and log-probabilities."""
+        found = list(self.results(state))
+        if not found:
+            return {}
+        named = metrics.values(functools.reduce(metrics.merge, (result[3] for result in found)))
+        pairs, _ = figures.gather(result[:3] for result in found)
+        values = {name.replace("preference/", "eval/"): value for name, value in named.items()}
+        del values["eval/accuracy"]  # of tokens, elsewhere; and of pairs, there is one for all alike
+        return values | {"eval/pair_accuracy": figures.accuracy(pairs).share}
+
+    def report(self, state: TrainState, encoder: records.Encoder) -> dict[str, Any]:
+        """What `figures.report` says of all held-out pairs; empty without any."""
+        found = [result[:3] for result in self.results(state)]
+        return figures.report(*figures.gather(found), encoder.criteria, encoder.names) if found else {}
+
+
+def read_batches(
+    config: PreferenceConfig,
+    mesh: Mesh,
+    model: ModelDirectory,
+    encoder: records.Encoder,
+    alive: Callable[[], None] = lambda: None,
+) -> tuple[PreferenceBatches, PreferenceBatches | None]:
+    """(to train on, held out), with what the reference says of their answers."""
+    read = records.read_records(config.workdir, config.sources, config.max_bad_share)
+    together, measured = encoder.split(read, config.heldout_annotators)
+    batches = preference_batches(config, together, mesh, config.accumulate)
+    heldout = preference_batches(config, measured, mesh, 0) if any(prompt.pairs for prompt in measured) else None
+    logger.info(
+        "%d prompts, %d held out; left out: %s",
+        len(batches.prompts),
+        len(heldout.prompts) if heldout else 0,
+        {reason: len(names) for reason, names in batches.dropped.items()} or "none",
+    )
+    if config.has_reference:
+        definition = define(config, mesh, model, model.config.scan_layers)
+        folder = config.reference_cache or f"{config.workdir}/reference"
+        ask = lambda some: reference_logprobs(folder, some, model, definition, mesh, config.loss_chunk_tokens, alive)
+        batches.reference = ask(preference_batches(config, together, mesh, 0))
+        if heldout:
+            heldout.reference = ask(heldout)
+    return batches, heldout
+
+
+def main(config: PreferenceConfig) -> dict[str, Any]:
+    """Trains, goes on where it was, and writes WORKDIR/model and report.json at the end."""
+    began = time.monotonic()
+    validate(config, jax.device_count())
+    mesh = sharding.make_mesh(config.mesh)
+    with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
+        model = open_model(config)
+        template = model.template_or(config.chat_template)
+        config = dataclasses.replace(config, row_length=model.row_length_or(config.row_length))
+        validate(config, jax.device_count())
+        read_from = inputs(config)
+        from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
+        require_model_fits(config.mesh, jax.device_count(), model.config)
+        encoder = records.Encoder(template, (config.criterion,), config.annotators)
+        batches, heldout = read_batches(config, mesh, model, encoder, lambda: watchdog.enter("eval"))
+        config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
+        program = build(config, mesh)
+        held = Heldout(config, program, define_model(model.config), heldout)
+        task = Task(
+            program=program,
+            compile=lambda: compiled_step(program),
+            other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
+            model=model.config,
+            steps=config.steps,
+            weights=(),
+            batches=lambda step, _: (placed(program, b, config.batch_rows) for _, b in batches.batches(step)),
+            evaluate=held.evaluate,
+            tokens_per_step=config.batch_rows * config.row_length,
+            flops_per_token=flops_per_token(model.config, config.row_length),
+            identity=run_identity(config, read_from, chat_template=template.hash),
+            plateau=config.plateau,
+            black_box=BlackBox(config, program),
+            best_metric="eval/loss",
+            headline=lambda v: f"loss {v['preference/loss']:.4f}  accuracy {v['preference/accuracy']:.3f}",
+        )
+        outcome = train(task, config.loop, config.workdir, watchdog)
+        accuracy = outcome.evaluation.get("eval/pair_accuracy")
+        summary = {
+            "seconds": time.monotonic() - began,
+            "tokens_per_second": outcome.tokens_per_second,
+            "figure": f"{accuracy:.1%} of held-out pairs" if accuracy is not None else f"step {outcome.step}",
+        }
+        if stopped_early(outcome, config.loop.stop_at_step, config.steps):
+            return summary
+        watchdog.enter("save")
+        with jax.set_mesh(mesh):
+            report = held.report(outcome.state, encoder)
+        from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
+        write_model(
+            config,
+            outcome,
+            outcome.state.ema or outcome.state.params,
+            model.config,
+            mesh,
+            tokenizer=model.folder,
+            inputs=read_from,
+            facts={"summary": summary, "row_length": config.row_length},
+            chat_template=template,
+        )
+    return summary

@@ -1,0 +1,362 @@
+"""Each family's fixtures (tools/make_family_fixtures.py): logits as transformers gave them; configs both ways."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import UserError
+from jaxlm.base.sharding import make_mesh
+from jaxlm.hub import families, hugging_face
+from jaxlm.hub.fields import alike, repeating
+from jaxlm.model import layout
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.transformer import define_model, empty_cache, for_inference
+from jaxlm.model.weights import apply
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"))
+CAUSAL = [name for name in ALL if not name.startswith("reward")]
+REWARDS = [name for name in ALL if name.startswith("reward")]
+# Of logits with a standard deviation of .2 to 1.2, the largest difference seen is 1.6e-5 (Gemma 2), 2.6e-6 elsewhere
+# but for Gemma 3.
+TOLERANCE = 1e-4
+
+
+def read(name):
+    directory = hugging_face.read(FIXTURES / name, compute="float32")
+    config, definition = for_inference(directory.config)
+    expected = safetensors.numpy.load_file(FIXTURES / name / "expected.safetensors")
+    return directory, config, definition, directory.load_params(definition), expected
+
+
+def padded_right(expected):
+    """(ids, segments, positions) of the rows, other tokens behind them."""
+    ids = expected["ids"]
+    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    inside = (places < expected["lengths"][:, None]).astype(np.int32)
+    return np.where(inside, ids, 5), inside, places
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_logits_are_those_of_transformers(name):
+    """Rows of two lengths, padded on the right and on the left."""
+    _, config, definition, params, expected = read(name)
+    lengths = expected["lengths"]
+    assert min(lengths) > max(config.window, 8)  # past the windows, and past what scaled RoPE was made for
+    right = padded_right(expected)
+    (padded, inside, places), (B, S) = right, expected["ids"].shape
+    shift = lambda x: np.stack([np.roll(row, S - length) for row, length in zip(x, lengths, strict=True)])
+    left = (shift(padded), shift(inside), np.maximum(places - (S - lengths[:, None]), 0))
+    both = [np.concatenate(pair) for pair in zip(right, left, strict=True)]
+    logits = jax.jit(lambda *x: apply(definition, params, lambda m: m.logits(m(*x)[0])))(*both)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], expected["right"][row, :length], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            logits[B + row, S - length :], expected["left"][row, :length], atol=TOLERANCE, rtol=0
+        )
+
+
+# Each family once, with every kind of layer; the others take the same way and are slow tests.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CAUSAL if "-" in name and name != "gemma3-scaled"]
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if "-" not in name or name == "gemma3-scaled"] + SLOW)
+def test_cached_logits_are_those_of_transformers(name):
+    """The rows written into a cache in two pieces, past windows and trained positions."""
+    _, config, definition, params, expected = read(name)
+    ids, half = expected["ids"], expected["ids"].shape[1] // 2
+
+    @jax.jit
+    def run(cache, *part):
+        def model(m):
+            hidden, after = m(*part, cache)
+            return m.logits(hidden), after
+
+        return apply(definition, params, model)
+
+    given = padded_right(expected)
+    first, cache = run(empty_cache(config, *ids.shape), *(x[:, :half] for x in given))
+    second, _ = run(cache, *(x[:, half:] for x in given))
+    cached = jnp.concatenate([first, second], axis=1)
+    for row, length in enumerate(expected["lengths"]):
+        np.testing.assert_allclose(cached[row, :length], expected["right"][row, :length], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards_are_those_of_transformers(name):
+    _, config, definition, params, expected = read(name)
+    assert config.criteria == ("overall",)
+    ids, lengths = expected["ids"], expected["lengths"]
+    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    inside = (places < lengths[:, None]).astype(np.int32)
+    scores = jax.jit(lambda *x: apply(definition, params, lambda m: m.scores(m(*x)[0])))(ids, inside, places)
+    got = np.asarray(scores)[np.arange(len(lengths)), lengths - 1]
+    np.testing.assert_allclose(got, expected["rewards"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "pythia", "phi3"])
+def test_stacked_and_sharded_parameters_are_the_same(name):
+    directory, _, definition, params, _ = read(name)
+    scanned = directory.config
+    stacked = directory.load_params(define_model(scanned))
+    jax.tree.map(np.testing.assert_array_equal, layout.unroll(stacked, scanned), params)
+    mesh = make_mesh(MeshConfig(fsdp=2))
+    sharded = directory.load_params(definition, definition.shardings(mesh))
+    jax.tree.map(np.testing.assert_array_equal, sharded, params)
+    with directory.opened(define_model(scanned)) as lazy:
+        first = lazy["stack"]["0"]["attention"]["query"][0]
+        np.testing.assert_array_equal(np.asarray(first), params["layers"]["0"]["attention"]["query"])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_configs_are_written_as_they_were_read(name):
+    """Nothing that decides what is computed is lost or added: keys come back as they were, but for other words."""
+    values = json.loads((FIXTURES / name / "config.json").read_text())
+    family = families.family_of(values, "config.json")
+    config = family.read(values, "config.json")
+    written = family.write(config)
+    assert alike(family.read(written, "again"), config) == []
+    reworded = {"activation_function", "hidden_act", "n_inner", "max_window_layers", "sliding_window"}
+    labels = {"id2label", "label2id", "tie_word_embeddings"} if config.criteria else set()
+    for key in (values.keys() & written.keys()) - reworded - labels:
+        assert written[key] == values[key], key
+
+
+def test_families_of_our_own_models():
+    """A model of ours goes out as the first family that has such models; one that none has is refused with reasons."""
+    base = {"vocab_size": 64, "layers": 2, "width": 16, "heads": 2}
+    for config, family in (
+        (ModelConfig(**base), "llama"),
+        (ModelConfig(**base, qk_norm=True, kv_heads=1), "qwen3"),
+        (ModelConfig(**base, pattern=("local",), window=4), "mistral"),
+        (ModelConfig(**base, pattern=("local", "global"), window=4, biases=("qkv",)), "qwen2"),
+        (ModelConfig(**base, criteria=("overall",)), "llama"),
+    ):
+        assert families.find(config.complete())[0].model_type == family
+    with pytest.raises(UserError, match="llama models have another .*logit_soft_cap"):
+        families.find(ModelConfig(**base, logit_soft_cap=5.0).complete())
+    with pytest.raises(UserError, match="qwen2 models have another biases"):
+        families.find(ModelConfig(**base).complete(), "qwen2")
+
+
+def config_json(model_type, name, layers, sizes, vocab, **others):
+    """config.json as it is published, but for what every one of them has: `sizes` are width, MLP, heads, kv heads."""
+    values = dict(
+        zip(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), sizes, strict=False)
+    )
+    values |= {"num_hidden_layers": layers, "vocab_size": vocab, "torch_dtype": "bfloat16", "use_cache": True}
+    values |= {"transformers_version": "4.44.0", "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": [2, 3]}
+    return values | {"model_type": model_type, "architectures": [name], "max_position_embeddings": 8192} | others
+
+
+LLAMA31 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+LLAMA31 |= {"original_max_position_embeddings": 8192}
+GEMMA3 = {"sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 10000, "rope_theta": 1000000}
+# Published models: config.json, and how many parameters they are known to have.
+PUBLISHED = {
+    "Llama 2 7B": (
+        config_json("llama", "LlamaForCausalLM", 32, (4096, 11008, 32, 32), 32000, pretraining_tp=1, rope_scaling=None),
+        6_738_415_616,
+    ),
+    "Llama 3.2 1B": (
+        config_json(
+            *("llama", "LlamaForCausalLM", 16, (2048, 8192, 32, 8), 128256),
+            head_dim=64,
+            mlp_bias=False,
+            rope_scaling=LLAMA31,
+            tie_word_embeddings=True,
+        ),
+        1_235_814_400,
+    ),
+    "SmolLM2 135M": (
+        config_json(
+            *("llama", "LlamaForCausalLM", 30, (576, 1536, 9, 3), 49152),
+            is_llama_config=True,
+            rope_interleaved=False,
+            tie_word_embeddings=True,
+            **{"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+        ),
+        134_515_008,
+    ),
+    "SmolLM3 3B": (
+        config_json(
+            *("smollm3", "SmolLM3ForCausalLM", 36, (2048, 11008, 16, 4), 128256),
+            max_window_layers=28,
+            no_rope_layers=[1, 1, 1, 0] * 9,
+            layer_types=["full_attention"] * 36,
+            use_sliding_window=False,
+            sliding_window=None,
+            rope_theta=5e6,
+            pretraining_tp=2,
+        ),
+        3_075_098_624,
+    ),
+    "Mistral 7B": (
+        config_json("mistral", "MistralForCausalLM", 32, (4096, 14336, 32, 8), 32000, sliding_window=4096),
+        7_241_732_096,
+    ),
+    "Qwen 2.5 0.5B": (
+        config_json(
+            *("qwen2", "Qwen2ForCausalLM", 24, (896, 4864, 14, 2), 151936),
+            max_window_layers=24,
+            sliding_window=32768,
+            use_sliding_window=False,
+            use_mrope=False,
+            rope_theta=1e6,
+            tie_word_embeddings=True,
+        ),
+        494_032_768,
+    ),
+    "Qwen 3 0.6B": (
+        config_json(
+            *("qwen3", "Qwen3ForCausalLM", 28, (1024, 3072, 16, 8), 151936),
+            attention_bias=False,
+            head_dim=128,
+            max_window_layers=28,
+            sliding_window=None,
+            use_sliding_window=False,
+            rope_theta=1000000,
+            tie_word_embeddings=True,
+        ),
+        596_049_920,
+    ),
+    "Gemma 2B": (
+        config_json(
+            *("gemma", "GemmaForCausalLM", 18, (2048, 16384, 8, 1), 256000),
+            head_dim=256,
+            hidden_act="gelu",
+            hidden_activation="gelu_pytorch_tanh",
+        ),
+        2_506_172_416,
+    ),
+    "Gemma 2 2B": (
+        config_json(
+            *("gemma2", "Gemma2ForCausalLM", 26, (2304, 9216, 8, 4), 256000),
+            head_dim=256,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation="gelu_pytorch_tanh",
+            cache_implementation="hybrid",
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        2_614_341_888,
+    ),
+    "Gemma 3 1B": (
+        config_json(
+            *("gemma3_text", "Gemma3ForCausalLM", 26, (1152, 6912, 4, 1), 262144),
+            **{"head_dim": 256, "query_pre_attn_scalar": 256, "attn_logit_softcapping": None} | GEMMA3,
+        ),
+        999_885_952,
+    ),
+    "OLMo 2 7B": (
+        config_json("olmo2", "Olmo2ForCausalLM", 32, (4096, 11008, 32, 32), 100352, rope_theta=500000),
+        7_298_617_344,
+    ),
+    "Phi 3 mini 4k": (
+        config_json(
+            *("phi3", "Phi3ForCausalLM", 32, (3072, 8192, 32, 32), 32064),
+            auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+            attention_bias=False,
+            original_max_position_embeddings=4096,
+            rope_scaling=None,
+            sliding_window=2047,
+        ),
+        3_821_079_552,
+    ),
+    "Pythia 70M": (
+        config_json(
+            *("gpt_neox", "GPTNeoXForCausalLM", 6, (512, 2048, 8), 50304),
+            rotary_pct=0.25,
+            rotary_emb_base=10000,
+            layer_norm_eps=1e-5,
+            use_parallel_residual=True,
+        ),
+        70_426_624,
+    ),
+    "GPT-2": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 1024, "n_embd": 768, "n_head": 12}
+        | {"n_layer": 12, "n_positions": 1024, "vocab_size": 50257, "activation_function": "gelu_new"}
+        | {"summary_type": "cls_index", "task_specific_params": {"text-generation": {"do_sample": True}}},
+        124_439_808,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_known_size(name):
+    values, parameters = PUBLISHED[name]
+    family = families.family_of(values, name)
+    config = family.read(values, name)
+    assert define_model(config).parameter_count() == parameters
+    assert families.find(config, family.model_type)[0] is family  # what is written is read as the same
+    small = dataclasses.replace(config, layers=2)
+    assert sum(len(t.parts) for t in hugging_face.tensors_of(family, small)) == len(for_inference(small)[1].weights)
+
+
+def test_the_shortest_pattern():
+    assert repeating(["local", "global", "local"]) == ("local", "global")
+    assert repeating(["local", "local", "global"]) == ("local", "local", "global")
+    assert repeating(["global"] * 5) == ("global",)
+
+
+REFUSED = {
+    "another kind": ("llama", {"model_type": "mamba"}, "model_type 'mamba' is not understood"),
+    "one letter off": ("llama", {"model_type": "lama"}, "did you mean 'llama'"),
+    "no kind": ("llama", {"model_type": None}, "has no model_type"),
+    "another task": ("llama", {"architectures": ["LlamaForQuestionAnswering"]}, "LlamaForQuestionAnswering is not"),
+    "a key that may change the mathematics": ("llama", {"attention_sinks": 4}, "attention_sinks not understood"),
+    "quantized": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config not understood"),
+    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn' is not understood"),
+    "a scaling without its factor": ("llama", {"rope_scaling": {"type": "linear"}}, "linear: factor is missing"),
+    "a scaling with more": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1}}, "mscale is not"),
+    "interleaved RoPE": ("llama", {"rope_interleaved": True}, "rope_interleaved is True; only False"),
+    "another activation": ("llama", {"hidden_act": "relu2"}, "hidden_act 'relu2' is not understood; silu"),
+    "a size as text": ("llama", {"hidden_size": "16"}, "hidden_size is '16', which is no int"),
+    "no layers": ("llama", {"num_hidden_layers": 0}, "num_hidden_layers is 0; 1 or more"),
+    "heads that do not divide": (
+        "llama",
+        {"num_key_value_heads": 3},
+        "gives a model whose kv_heads: 3 does not divide",
+    ),
+    "a billion layers": ("llama", {"num_hidden_layers": 10**9}, "names 1000000000 layers, and there are"),
+    "a width past all memory": (
+        "llama",
+        {"hidden_size": 2**40},
+        r"lm_head.weight: is F32\[71, 16\], but \[71, 1099511",
+    ),
+    "chunked attention": ("smollm3", {"layer_types": ["chunked_attention"] * 5}, "'chunked_attention' is not"),
+    "a layer too few": ("gemma3", {"layer_types": ["full_attention"]}, "a name for each of 4 layers"),
+    "both directions": ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    "a window of no size": ("gemma2", {"sliding_window": None}, "sliding_window is None; a number"),
+    "local scaling": (
+        "gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "a scaling of sliding_attention",
+    ),
+    "scores scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is"),
+    "two answers a question": ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+    "an odd share": ("phi3-partial", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "rope_size: got 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused_by_name(case, tmp_path):
+    name, changes, said = REFUSED[case]
+    for path in (FIXTURES / name).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=said) as refused:
+        directory = hugging_face.read(tmp_path)
+        directory.load_params(for_inference(directory.config)[1])
+    assert refused.value.exit_code == 2
+    assert str(tmp_path) in str(refused.value)

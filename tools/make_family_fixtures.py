@@ -1,0 +1,249 @@
+"""Tiny checkpoints of each family with the logits that transformers gives them: tests/hub/fixtures.
+
+    python tools/make_family_fixtures.py            # in an environment with torch and transformers, without jaxlm
+    python tools/make_family_fixtures.py check DIR ...    # loads each as a user would; prints what it found
+
+A fixture is what `save_pretrained` writes, and expected.safetensors: rows of ids of two lengths, and the float32 logits
+of their tokens when padded on the right, and when padded on the left. Rows are longer than the windows and than the
+positions that scaled RoPE was made for. All weights are random, norms and biases too.
+"""
+
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+FOLDER = Path(__file__).parent.parent / "tests/hub/fixtures"
+LENGTHS = (26, 17)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+SMALL: dict[str, Any] = {
+    "vocab_size": 71,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ODD = {"head_dim": 10, "num_key_value_heads": 1, "num_hidden_layers": 2}
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+GPT2: dict[str, Any] = {"vocab_size": 71, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# name → (model_type, config, type of the stored weights)
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama", SMALL, "float32"),
+    "llama-3": (
+        "llama",
+        SMALL | ODD | {"rope_theta": 500.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+        "bfloat16",
+    ),
+    "llama-biases": (
+        "llama",
+        SMALL | {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        "float16",
+    ),
+    "smollm3": ("smollm3", SMALL | {"num_hidden_layers": 5, "tie_word_embeddings": True}, "float32"),
+    "smollm3-windows": (
+        "smollm3",
+        SMALL
+        | {"num_key_value_heads": 1, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 5}
+        | {"tie_word_embeddings": False},
+        "bfloat16",
+    ),
+    "mistral": ("mistral", SMALL | {"sliding_window": 5}, "bfloat16"),
+    "mistral-whole": ("mistral", SMALL | ODD | {"sliding_window": None, "rope_theta": 1e6}, "float32"),
+    "qwen2": ("qwen2", SMALL | {"num_key_value_heads": 1, "tie_word_embeddings": True}, "float32"),
+    "qwen2-windows": (
+        "qwen2",
+        SMALL | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "rope_theta": 1e6},
+        "bfloat16",
+    ),
+    "qwen3": ("qwen3", SMALL | ODD, "bfloat16"),
+    "qwen3-biases": ("qwen3", SMALL | {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}, "float32"),
+    "gemma": ("gemma", SMALL | ODD, "float32"),
+    "gemma-biases": (
+        "gemma",
+        SMALL | {"head_dim": 4, "attention_bias": True, "tie_word_embeddings": False},
+        "bfloat16",
+    ),
+    "gemma2": ("gemma2", SMALL | {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 6}, "bfloat16"),
+    "gemma2-caps": (
+        "gemma2",
+        SMALL | ODD | {"sliding_window": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+        "float32",
+    ),
+    "gemma3": (
+        "gemma3_text",
+        SMALL | {"head_dim": 6, "sliding_window_pattern": 3, "num_hidden_layers": 4, "sliding_window": 5},
+        "bfloat16",
+    ),
+    "gemma3-scaled": (
+        "gemma3_text",
+        SMALL
+        | ODD
+        | {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"], "query_pre_attn_scalar": 20}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 2000.0, "rope_local_base_freq": 50.0},
+        "float32",
+    ),
+    "olmo2": ("olmo2", SMALL, "float32"),
+    "olmo2-biases": (
+        "olmo2",
+        SMALL | {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+        "bfloat16",
+    ),
+    "phi3": ("phi3", SMALL | {"sliding_window": 5}, "bfloat16"),
+    "phi3-partial": (
+        "phi3",
+        SMALL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
+        "float32",
+    ),
+    "gpt2": ("gpt2", GPT2, "float32"),
+    "gpt2-untied": ("gpt2", GPT2 | {"n_inner": 20, "tie_word_embeddings": False}, "bfloat16"),
+    "pythia": ("gpt_neox", NEOX | {"hidden_size": 32, "rotary_pct": 0.25, "num_hidden_layers": 2}, "float16"),
+    "neox-serial": (
+        "gpt_neox",
+        NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
+        "float32",
+    ),
+    "reward-llama": ("llama", SMALL | {"num_labels": 1}, "float32"),
+    "reward-qwen3": ("qwen3", SMALL | ODD | {"num_labels": 1}, "bfloat16"),
+    "reward-gpt2": ("gpt2", GPT2 | {"num_labels": 1}, "float32"),
+}
+SHARDED = ("qwen2-windows",)
+
+
+def make(name: str) -> None:
+    model_type, values, dtype = CASES[name]
+    torch.manual_seed(sum(name.encode()))
+    config = transformers.AutoConfig.for_model(model_type, **values, attn_implementation="eager")
+    reward = "num_labels" in values
+    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    model = kind.from_config(config).eval()
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            size = 0.3 if weight.ndim == 1 else 0.6 * weight.shape[-1] ** -0.5
+            random = torch.randn_like(weight) * size + (1.0 if path.endswith("norm.weight") else 0.0)
+            weight.copy_(random.to(getattr(torch, dtype)))
+    ids = torch.randint(
+        3, values["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0)
+    )
+    expected = {"ids": ids.to(torch.int32), "lengths": torch.tensor(LENGTHS, dtype=torch.int32)}
+    rows = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
+    if reward:
+        expected["rewards"] = run(model, rows, left=False, reward=True)
+    else:
+        for side in ("right", "left"):
+            expected[side] = run(model, rows, left=side == "left")
+        assert torch.allclose(expected["right"], expected["left"], atol=2e-5)
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="12KB" if name in SHARDED else "5GB")
+    safetensors.torch.save_file(expected, folder / "expected.safetensors")
+
+
+def run(model: Any, rows: list[torch.Tensor], left: bool, reward: bool = False) -> torch.Tensor:
+    """float32 logits [rows, S, V] of the rows' tokens, each row's beginning at 0 and zeros behind them."""
+    S = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), S, dtype=torch.int64), torch.zeros(len(rows), S, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        place = slice(S - len(row), S) if left else slice(0, len(row))
+        ids[number, place], mask[number, place] = row, 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()
+    if reward:
+        return logits
+    out = torch.zeros(len(rows), S, logits.shape[-1])
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = logits[number, mask[number].bool()]
+    return out
+
+
+TEXTS = ["the cat sees the dog", "a bird hears a small red house", "the tree and the river", "dog finds cat"] * 8
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizers() -> None:
+    """Two tokenizers with what transformers makes of texts and chats: GPT-2's way, and Llama 2's."""
+    byte_level = tokenizers.Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    space = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    space.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    space.decoder = decoders.Sequence(parts)
+    for name, made, special in (("byte-level", byte_level, SPECIAL), ("spaces", space, [*SPECIAL, "<unk>"])):
+        trainer = trainers.BpeTrainer(vocab_size=70, special_tokens=special, show_progress=False)
+        made.train_from_iterator(TEXTS, trainer)
+        if name == "spaces":
+            made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHATML
+        )
+        folder = FOLDER / f"tokenizer-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        fast.save_pretrained(folder)
+        chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a dog"}]
+        expected = {
+            "texts": {text: fast(text)["input_ids"] for text in ("the cat sees a red dog", "river", "")},
+            "chat": chat,
+            "rendered": fast.apply_chat_template(chat, tokenize=False),
+            "prompt": fast.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True),
+        }
+        (folder / "expected.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
+
+
+def check(folder: str, rows: list[list[int]]) -> dict[str, Any]:
+    """What a user finds who loads a directory: logits of the rows of ids, tokens, and what was said meanwhile."""
+    values = json.loads((Path(folder) / "config.json").read_text())
+    reward = values["architectures"][0].endswith("ForSequenceClassification")
+    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    wanted: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "attn_implementation": "eager"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, info = kind.from_pretrained(folder, **wanted)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "the cat sees a dog"
+    chat = [{"role": "user", "content": text}]
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([row])).logits[0].double().tolist() for row in rows]
+    return {
+        "loading": {key: sorted(map(str, value)) for key, value in info.items() if value},
+        "warnings": [str(w.message) for w in caught],
+        "ids": tokenizer(text)["input_ids"],
+        "chat": tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "",
+        "logits": logits,
+        "eos": None if reward else model.generation_config.eos_token_id,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["check"]:
+        given = json.loads(sys.stdin.read())
+        print(json.dumps({folder: check(folder, given) for folder in sys.argv[2:]}))
+    else:
+        for case in sys.argv[1:] or CASES:
+            make(case)
+        make_tokenizers()
