@@ -1,4 +1,4 @@
-"""Batches of preferences: those of rankings (`jaxlm/reward/batches.py`), and whose tokens are whose.
+"""Batches of preferences: those of rankings (`jaxlm/preference/ranked.py`), and whose tokens are whose.
 
 A prompt's answers lie in one batch, each once, however many pairs they stand in; its pairs weigh 1 in all. Beside the
 arrays that are there, a batch has
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxlm.base import sharding
 from jaxlm.base.errors import UserError
 from jaxlm.preference.config import PreferenceConfig
-from jaxlm.reward.batches import Placed, Prompt, RankingBatches
+from jaxlm.preference.ranked import Placed, Prompt, RankingBatches
 
 
 class Reference(NamedTuple):

@@ -12,8 +12,8 @@ from jaxlm.base.errors import JaxlmError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.feedback import rankings
 from jaxlm.feedback.records import RankingRecord, pairs_of
+from jaxlm.preference.ranked import Pair, Prompt
 from jaxlm.reward import losses
-from jaxlm.reward.batches import Pair, Prompt
 from jaxlm.reward.config import AnnotatorWeight, RankingSource
 from jaxlm.text import tally
 from jaxlm.tokenizer import chat

@@ -32,10 +32,10 @@ from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
 from jaxlm.model.weights import Definition, Params, initialize
 from jaxlm.preference import records
+from jaxlm.preference.ranked import PAIR_ARRAYS, Prompt, RankingBatches
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.report import rankings as figures
 from jaxlm.reward import losses
-from jaxlm.reward.batches import PAIR_ARRAYS, Prompt, RankingBatches
 from jaxlm.reward.config import RewardConfig
 from jaxlm.reward.scoring import ROWS, mean_rewards, piece_sums, placed_batch, scores_of
 from jaxlm.tokenizer import chat

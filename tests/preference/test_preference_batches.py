@@ -5,8 +5,8 @@ import pytest
 
 from jaxlm.base.errors import UserError
 from jaxlm.preference.batches import PreferenceBatches, Reference
+from jaxlm.preference.ranked import Pair, Prompt
 from jaxlm.reward import losses
-from jaxlm.reward.batches import Pair, Prompt
 
 PREFIX = 2
 

@@ -25,10 +25,10 @@ from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
+from jaxlm.preference import ranked
 from jaxlm.preference.batches import PreferenceBatches, Reference
 from jaxlm.preference.config import DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
 from jaxlm.preference.scoring import answer_logprobs
-from jaxlm.reward import batches
 from jaxlm.reward.config import RankingSource, RewardConfig
 from jaxlm.stages import preference, reward, sft
 from jaxlm.stages.config import SFTConfig
@@ -193,15 +193,15 @@ def test_sft(trl, chats, more):
 )
 def test_pair_reward(trl, name, margins, centring):
     prompts = [
-        batches.Prompt(
+        ranked.Prompt(
             name=str(number),
             answers=[np.array(one.prompt + one.chosen), np.array(one.prompt + one.rejected)],
-            pairs=[batches.Pair(0, 1, criterion=0, weight=1.0, margin=one.margin if margins else 0.0)],
+            pairs=[ranked.Pair(0, 1, criterion=0, weight=1.0, margin=one.margin if margins else 0.0)],
             prefix=len(one.prompt),
         )
         for number, one in enumerate(tool.PAIRS)
     ]
-    batch = batches.RankingBatches(prompts, rows=4, row_length=32, pairs=4, seed=0, pieces=2).batch(0)
+    batch = ranked.RankingBatches(prompts, rows=4, row_length=32, pairs=4, seed=0, pieces=2).batch(0)
     # Each prompt has one pair: the mean over prompts is TRL's over pairs.
     assert batch["prompts"] == len(prompts)
     config = RewardConfig(
@@ -222,10 +222,10 @@ def test_pair_reward(trl, name, margins, centring):
 def preferences(pairs: list, method: dict[str, Any], reference: str) -> tuple[PreferenceConfig, dict[str, np.ndarray]]:
     """The config, and a batch of the pairs, packed and in two pieces, with what the model `reference` says of them."""
     prompts = [
-        batches.Prompt(
+        ranked.Prompt(
             name=str(number),
             answers=[np.array(one.prompt + answer, np.int32) for answer in (one.chosen, one.rejected)],
-            pairs=[batches.Pair(0, 1, criterion=0, weight=1.0)],
+            pairs=[ranked.Pair(0, 1, criterion=0, weight=1.0)],
             prefix=len(one.prompt),
             targets=[np.arange(len(one.prompt + x)) >= len(one.prompt) for x in (one.chosen, one.rejected)],
         )

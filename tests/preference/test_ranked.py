@@ -15,8 +15,8 @@ from jaxlm.base.metrics import Mean
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import apply, define_model
 from jaxlm.model.weights import initialize
+from jaxlm.preference.ranked import PAIR_ARRAYS, Pair, Prompt, RankingBatches
 from jaxlm.reward import losses
-from jaxlm.reward.batches import PAIR_ARRAYS, Pair, Prompt, RankingBatches
 from jaxlm.train.update import gradients_in_pieces
 
 
