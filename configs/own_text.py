@@ -32,6 +32,7 @@ def get_config() -> RunConfig:
                 # Unrolled: XLA's CPU path runs a scan's elementwise work on one core.
                 model=ModelConfig(layers=6, width=320, heads=5, qk_norm=True, scan_layers=False),
                 batch_rows=16,
+                sample_prompts=("The ", "It was "),
                 steps=700,
                 optimizer=OptimizerConfig(kind="muon", embedding_rate=24.0),
                 schedule=ScheduleConfig(kind="linear", peak=1e-2, warmup_steps=30, final_share=0.0),

@@ -33,8 +33,10 @@ def get_config() -> RunConfig:
             PackConfig(documents="@prepare", tokenizer="@tokenizer", row_length=256),
             PretrainConfig(
                 data=(MixtureSource(path="@pack"),),
-                model=ModelConfig(layers=5, width=256, heads=4, qk_norm=True),
+                # Unrolled: XLA's CPU path runs a scan's elementwise work on one core.
+                model=ModelConfig(layers=5, width=256, heads=4, qk_norm=True, scan_layers=False),
                 batch_rows=8,
+                sample_prompts=("Однажды вечером ", "Она "),
                 steps=1500,
                 optimizer=OptimizerConfig(kind="muon", embedding_rate=24.0),
                 schedule=ScheduleConfig(kind="linear", peak=1e-2, warmup_steps=50, final_share=0.0),

@@ -14,7 +14,14 @@ class PretrainConfig(StageConfig):
     """Trains a decoder transformer on packed rows."""
 
     stage: ClassVar[str] = "pretrain"
-    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "mesh", "loop", "loss_chunk_tokens")
+    runtime_fields: ClassVar[tuple[str, ...]] = (
+        "workdir",
+        "name",
+        "mesh",
+        "loop",
+        "loss_chunk_tokens",
+        "sample_prompts",
+    )
 
     data: tuple[MixtureSource, ...] = ()
     """Folders of packed rows with their weights in the mixture."""
@@ -40,6 +47,8 @@ class PretrainConfig(StageConfig):
     """Makes the logits of so many tokens at a time, for less memory; 0: of all at once."""
     heldout_batches: int = 0
     """Batches of each source's held-out rows an evaluation reads; 0: all."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model goes on with at each evaluation, for 64 tokens: completions.jsonl, and the report."""
     plateau: PlateauConfig = PlateauConfig()
     """When to stop early."""
     seed: int = 0
@@ -77,7 +86,7 @@ class SFTConfig(StageConfig):
     """Instruction tuning: trains a model on people's written answers."""
 
     stage: ClassVar[str] = "sft"
-    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "mesh", "loop", "loss_chunk_tokens")
+    runtime_fields: ClassVar[tuple[str, ...]] = (*PretrainConfig.runtime_fields, "model")
     changeable_fields: ClassVar[tuple[str, ...]] = ("exclude",)
 
     model: str = ""
@@ -110,6 +119,8 @@ class SFTConfig(StageConfig):
     """Makes the logits of so many tokens at a time, for less memory; 0: of all at once."""
     heldout_batches: int = 0
     """Batches of held-out rows an evaluation reads; 0: all."""
+    sample_prompts: tuple[str, ...] = ()
+    """Questions that the model answers at each evaluation, in 64 tokens or fewer: completions.jsonl, and the report."""
     plateau: PlateauConfig = PlateauConfig()
     """When to stop early."""
     seed: int = 0

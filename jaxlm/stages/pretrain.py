@@ -21,10 +21,12 @@ from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Loader
+from jaxlm.evaluate.samples import with_samples
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.stages.config import PretrainConfig
+from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.depth import derive
@@ -140,6 +142,9 @@ def announce(config: PretrainConfig, mesh: Mesh) -> None:
     )
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     logger.info("mesh: %s of %s", shape, mesh.devices.flat[0].device_kind)
+    if model.scan_layers and mesh.devices.flat[0].platform == "cpu":
+        # XLA's CPU path runs a scan's elementwise work on one core: a step of 16.9 M takes 1.6 times as long.
+        logger.info("on a CPU, model.scan_layers=false makes steps faster (and compiling longer)")
     for path, size, rule in optimizers.table(definition, config.optimizer):
         logger.info("  %-28s %-18s %s", path, size, rule)
 
@@ -164,6 +169,15 @@ def main(config: PretrainConfig) -> dict[str, Any]:
         announce(config, mesh)
         program = build(config, mesh)
         other_layout = dataclasses.replace(config.model, scan_layers=not config.model.scan_layers)
+        # A piece of a step: what fits in training fits in evaluation.
+        measure = evaluator(
+            program,
+            define_model(config.model),
+            [HeldoutSet([source.path for source in config.data])],
+            batch_rows=config.batch_rows // config.accumulate,
+            limit=config.heldout_batches,
+            chunk_tokens=config.loss_chunk_tokens,
+        )
         task = Task(
             program=program,
             compile=lambda: compiled_step(program),
@@ -172,14 +186,13 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             steps=config.steps,
             weights=loader.weights,
             batches=global_batches(loader, mesh),
-            # A piece of a step: what fits in training fits in evaluation.
-            evaluate=evaluator(
-                program,
-                define_model(config.model),
-                [HeldoutSet([source.path for source in config.data])],
-                batch_rows=config.batch_rows // config.accumulate,
-                limit=config.heldout_batches,
-                chunk_tokens=config.loss_chunk_tokens,
+            evaluate=with_samples(
+                measure,
+                config.sample_prompts,
+                config.model,
+                tokenizers.load(f"{config.data[0].path}/tokenizer"),
+                config.workdir,
+                config.row_length,
             ),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),

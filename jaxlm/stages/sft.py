@@ -27,6 +27,7 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data import chats
 from jaxlm.data.loader import Loader
+from jaxlm.evaluate.samples import with_samples
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
@@ -153,6 +154,14 @@ def main(config: SFTConfig) -> dict[str, Any]:
         general = f"{config.workdir}/general"
         sets = [HeldoutSet([rows])] if has_heldout(rows) else []
         sets += [HeldoutSet([general], "general")] if epath.Path(general).exists() else []
+        measure = evaluator(
+            program,
+            define_model(model.config),
+            sets,
+            batch_rows=config.batch_rows // config.accumulate,
+            limit=config.heldout_batches,
+            chunk_tokens=config.loss_chunk_tokens,
+        )
         task = Task(
             program=program,
             compile=lambda: compiled_step(program),
@@ -161,13 +170,14 @@ def main(config: SFTConfig) -> dict[str, Any]:
             steps=config.steps,
             weights=loader.weights,
             batches=global_batches(loader, mesh),
-            evaluate=evaluator(
-                program,
-                define_model(model.config),
-                sets,
-                batch_rows=config.batch_rows // config.accumulate,
-                limit=config.heldout_batches,
-                chunk_tokens=config.loss_chunk_tokens,
+            evaluate=with_samples(
+                measure,
+                config.sample_prompts,
+                model.config,
+                model.tokenizer(),
+                config.workdir,
+                config.row_length,
+                template,
             ),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(model.config, config.row_length),

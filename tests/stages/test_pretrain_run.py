@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.__main__ import run
+from jaxlm.__main__ import config_class, run
 from jaxlm.base import metrics
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.data.config import MixtureSource
 from jaxlm.model.config import ModelConfig
+from jaxlm.report import page as report
 from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.stages.run import state_of
@@ -45,6 +46,33 @@ def config(packed_rows, tmp_path) -> PretrainConfig:
 
 def lines(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_it_says_at_each_evaluation_is_kept_once_and_shown(config):
+    config = dataclasses.replace(config, sample_prompts=("the cat", "a <b>dog"))
+
+    def spoken():
+        return [json.loads(line) for line in (Path(config.workdir) / "completions.jsonl").read_text().splitlines()]
+
+    pretrain.main(dataclasses.replace(config, loop=dataclasses.replace(config.loop, stop_at_step=9)))
+    before = spoken()
+    assert [(line["step"], line["prompt"]) for line in before] == [
+        (step, prompt) for step in (3, 6, 9) for prompt in config.sample_prompts
+    ]
+    assert all(line["stop_reason"] in ("length", "eos") for line in before)
+    # Step 9 is lost, and taken again: it says the same.
+    shutil.rmtree(Path(config.workdir) / "checkpoints/9")
+    pretrain.main(config)
+    assert spoken()[:6] == before
+    assert [line["step"] for line in spoken()[6:]] == [12, 12]
+    page = (report.write(config.workdir, config_class)).read_text()
+    assert "a &lt;b&gt;dog" in page
+    assert page.count("the cat</span>") == 4
+
+
+def test_a_prompt_longer_than_a_row_is_refused_at_the_start(config):
+    with pytest.raises(ConfigError, match=r"sample_prompts\[0\]: has \d+ tokens; 1 to 32 are possible"):
+        pretrain.main(dataclasses.replace(config, sample_prompts=("the cat " * 10,)))
 
 
 @pytest.mark.slow
@@ -105,6 +133,7 @@ def test_the_watchdog_ends_a_run_whose_data_never_comes(config, packed_rows, tmp
 import sys, time
 from jaxlm.base import devices
 devices.start()
+from jaxlm.report import page as report
 from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.base import config as configs
