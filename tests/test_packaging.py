@@ -1,8 +1,9 @@
-"""What a wheel carries, and one place for the version."""
+"""What a wheel and an sdist carry, and one place for the version."""
 
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -35,17 +36,20 @@ def test_the_version_stands_in_one_place():
 
 
 @pytest.mark.slow
-def test_a_wheel_runs_the_demo_from_an_empty_folder(tmp_path):
+def test_a_wheel_made_of_the_sdist_runs_the_demo_from_an_empty_folder(tmp_path):
     """Of the demo its first stage; .ci/run has them all, from a checkout."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", f"--wheel-dir={tmp_path}", str(ROOT)]
-    subprocess.run(build, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    build = [sys.executable, "-m", "build", f"--outdir={tmp_path}", str(ROOT)]  # the wheel is built from the sdist
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        carried = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CHANGELOG.md", "configs/demo.py", "tests/conftest.py", "tools/torture.py"} <= carried
     names = zipfile.ZipFile(wheel).namelist()
     assert {"jaxlm/configs/demo.py", "jaxlm/report/page.html.jinja"} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "tools", "configs"))]
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--no-deps", f"--target={site}", str(wheel)], check=True)
     command = [sys.executable, "-m", "jaxlm", "run", "--config=demo", "--workdir=runs/demo", "--config.only=prepare"]
     subprocess.run(command, cwd=empty, env={"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}, check=True)
