@@ -6,9 +6,8 @@ EXTRAS ?= data
 
 .PHONY: demo test slow lint docs clean
 
-# The tunable saves the CPU page faults; it does nothing where the C library is another one.
 demo: $(VENV)/installed-$(EXTRAS)
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m jaxlm run --config=configs/demo.py --workdir=runs/demo
+	$(BIN)/python -m jaxlm run --config=configs/demo.py --workdir=runs/demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2

@@ -1,5 +1,10 @@
 """Which surroundings mean several processes."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from jaxlm.base import devices
@@ -56,3 +61,35 @@ def test_a_tpu_vm_asks_its_metadata_server_unless_told_not_to(surroundings):
     assert devices.distributed()
     surroundings.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert not devices.distributed()
+
+
+# Faults of 8 calls of a program with 64 MiB of temporaries, in pages of 4 KiB: 16,384 a call where all come anew.
+FAULTS = """
+import resource
+from jaxlm.base import devices
+devices.keep_memory()
+import jax, jax.numpy as jnp
+@jax.jit
+def step(x):
+    return jnp.tanh(x @ x.T) @ x
+x = jnp.ones((4096, 64)) / 64
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step(x).block_until_ready()
+before = faults()
+for _ in range(8):
+    step(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that is told")
+def test_a_step_finds_the_memory_of_the_step_before():
+    def faults(**changed):
+        surroundings = {**os.environ, "JAX_PLATFORMS": "cpu", **changed}
+        surroundings.pop("XLA_FLAGS", None)
+        done = subprocess.run([sys.executable, "-c", FAULTS], env=surroundings, check=True, capture_output=True)
+        return int(done.stdout)
+
+    assert faults() < 2000
+    assert faults(GLIBC_TUNABLES="glibc.malloc.check=0") > 50_000  # who sets tunables is left alone
