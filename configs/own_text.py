@@ -6,7 +6,7 @@
 A file, a folder, a glob or JSONL: whatever `prepare` reads. A twentieth of it is held out.
 Hardware: 2 CPU cores, 6 GiB. Steps are for a book of 1 MB: three times through it; for 3 MB take 650, which is half an
 hour where a step of 4,096 tokens takes two and a half seconds. More often through the same text, and it is learnt by
-heart: on Moby Dick (1.2 MB), held out, 1.99 bits a byte after 240 steps of 320, 3.44 after 700.
+heart: on Moby Dick (1.2 MB), held out, 1.99 bits a byte after 220 steps, 3.44 after 700.
 On an accelerator, set pretrain's depth instead of its model, batch and steps: they then follow from it.
 """
 

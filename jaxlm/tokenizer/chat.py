@@ -50,6 +50,7 @@ Message = Mapping[str, Any]
 Ends = list[int | None]  # where messages[:i] end in the rendered text; None: it does not begin as these do alone
 Block = tuple[int, int]  # begin and end in the rendered text
 Target = tuple[int, int, int]  # the same, and the index of the assistant's message
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _ANSWERS = ("answer number one", "answer number two")
 _PROBE = [{"role": role, "content": text} for a in _ANSWERS for role, text in (("user", "question"), (ASSISTANT, a))]
 
@@ -94,10 +95,31 @@ class ChatTemplate:
             )
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None, **variables: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tools: Any = None,
+        **variables: Any,
     ) -> str:
-        """The text, as transformers' `apply_chat_template(..., tokenize=False)` renders it; `tools`: JSON schemas."""
-        return self._render(_checked(messages), add_generation_prompt, tools=tools, **variables)[0]
+        """The text, as transformers' `apply_chat_template(..., tokenize=False)` renders it; `tools`: JSON schemas.
+
+        `continue_final_message`: it ends with the last message's content, for the model to go on with. Raises UserError
+        where the template does not write that, or where both are asked for.
+        """
+        plain = _checked(messages)
+        if not continue_final_message:
+            return self._render(plain, add_generation_prompt, tools=tools, **variables)[0]
+        if add_generation_prompt:
+            raise self._error("continue_final_message and add_generation_prompt: ask for one of them")
+        # A mark after the content, with a space that a template which trims contents takes away.
+        content = plain[-1]["content"]
+        marked = [*plain[:-1], {**plain[-1], "content": f"{content}{INNER} "}]
+        text, mark, after = self._render(marked, False, tools=tools, **variables)[0].rpartition(INNER)
+        if not mark or content.strip() not in text:
+            raise self._error(f"does not write the last message's {content[:40]!r}, so that none can go on with it")
+        return text if after.startswith(" ") else text.rstrip()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the assistant's answer is drawn: BOS, the conversation, the generation prompt."""
@@ -268,7 +290,10 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
             raise UserError(f"{where}: holds what is no JSON or no Unicode: {error}") from error
         if found := re.search(f"[{INNER}{BEGIN}{END}]", said):
             raise UserError(f"{where}: holds U+{ord(found[0]):X}, which no text has and jaxlm uses inside; take it out")
-        copies.append(json.loads(said))
+        copy = json.loads(said)
+        # As transformers gives it to templates, whatever it is called.
+        thought = next((copy[name] for name in _REASONING if name in copy), None)
+        copies.append(copy if thought is None else {"thinking": thought} | copy | {"reasoning_content": thought})
     return copies
 
 
