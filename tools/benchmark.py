@@ -2,6 +2,7 @@
 
     python tools/benchmark.py             training and decoding
     python tools/benchmark.py train       one of them
+    python tools/benchmark.py overhead    a run's loop with all that guards it, beside one without
     python tools/benchmark.py rl          an iteration of reinforcement learning, part by part (benchmark_rl.py)
     python tools/benchmark.py --peer      transformers + torch beside it (pip install transformers torch, in an
                                           environment of its own; give its Python as --peer=PATH)
@@ -57,15 +58,15 @@ class Side:
 
 
 def in_turns(what: str) -> dict[str, float]:
-    """Median tokens per second of both sides, and the median of the pairs' ratios."""
-    sides = {side: Side(what, side) for side in ("jaxlm", "reference")}
+    """Median tokens per second of both sides, and the median of the pairs' ratios: the second's time by the first's."""
+    sides = {side: Side(what, side) for kind, side in benchmark_sides.SIDES if kind == what}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(PAIRS):
         for side, process in sides.items():
             seconds[side].append(process.seconds())
     for process in sides.values():
         process.close()
-    ratios = [b / a for a, b in zip(seconds["jaxlm"], seconds["reference"], strict=True)]
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     rates = {side: benchmark_sides.TOKENS[what] / statistics.median(found) for side, found in seconds.items()}
     return rates | {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
@@ -94,13 +95,13 @@ def machine() -> str:
 
 def ratios(what: str, peer: str) -> None:
     """Prints "train", "decode" or "all"; `peer`: a Python that has transformers and torch, or nothing."""
-    for name in benchmark_sides.TOKENS:
-        if what in (name, "all"):
-            found = in_turns(name)
-            print(
-                f"{name:7} jaxlm {found['jaxlm']:7,.0f} tokens/s   reference {found['reference']:7,.0f}   "
-                f"ratio {found['ratio']:.2f} ({found['lowest']:.2f} to {found['highest']:.2f})"
-            )
+    for name in ("train", "decode") if what == "all" else (what,):
+        found = in_turns(name)
+        (ours, rate), (other, other_rate) = [*found.items()][:2]
+        print(
+            f"{name:8} {ours} {rate:7,.0f} tokens/s   {other} {other_rate:7,.0f}   "
+            f"ratio {found['ratio']:.3f} ({found['lowest']:.3f} to {found['highest']:.3f})"
+        )
     if peer:
         script = Path(__file__).parent / "benchmark_peer.py"
         done = subprocess.run([peer, script], check=True, capture_output=True, text=True)
@@ -115,8 +116,8 @@ def main(given: Sequence[str] | None = None) -> int:
     kind: Any = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(description=__doc__, parents=[peer], **kind)
     parser.set_defaults(what="all")
-    commands = parser.add_subparsers(metavar="WHAT", help="train, decode, all (the default) or rl")
-    for name in ("train", "decode", "all"):
+    commands = parser.add_subparsers(metavar="WHAT", help="train, decode, all (both, the default), overhead or rl")
+    for name in ("train", "decode", "overhead", "all"):
         commands.add_parser(name, parents=[peer]).set_defaults(what=name)
     rl = commands.add_parser("rl", description=benchmark_rl.__doc__, **kind)
     rl.set_defaults(what="rl")
