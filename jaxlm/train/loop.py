@@ -30,6 +30,7 @@ from jaxlm.train import throughput
 from jaxlm.train.checkpoint import Checkpointer, Restored
 from jaxlm.train.config import LoopConfig, PlateauConfig
 from jaxlm.train.goodput import Ledger
+from jaxlm.train.maintenance import notices
 from jaxlm.train.metrics_writer import MetricsWriter
 from jaxlm.train.plateau import stopped_falling
 from jaxlm.train.processes import agreed
@@ -121,7 +122,7 @@ def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> O
     program = task.program
     # Before the mesh is set: on CPU the peak is measured with a product on one device.
     peak = throughput.peak_flops_per_second(program.mesh.devices.size, task.model.compute)
-    with jax.set_mesh(program.mesh), stop_on_signals() as stop:
+    with jax.set_mesh(program.mesh), stop_on_signals() as stop, notices(stop):
         stacked = {"stacked": task.model.scan_layers}
         checkpoints = Checkpointer(f"{workdir}/checkpoints", config.checkpoint, identity=task.identity, layout=stacked)
         restored = restore(checkpoints, task)
@@ -259,7 +260,8 @@ class _Run:
                     clock.restart(step)
                 if interrupted:
                     saved = self._close(step)
-                    raise Interrupted(f"{self.workdir}: saved at step {saved} of {task.steps}; start me again to go on")
+                    told = f"saved at step {saved} of {task.steps}, {stop.seconds():.1f} s after it was asked to stop"
+                    raise Interrupted(f"{self.workdir}: {told}; start me again to go on")
         if not self.evaluation:
             self._evaluate(state, step, log=False)
         self._close(step)

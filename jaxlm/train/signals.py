@@ -11,6 +11,7 @@ with stop_on_signals() as stop:
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import jax
@@ -23,11 +24,21 @@ from jaxlm.base.sharding import global_array, make_mesh, replicated
 
 
 class Stop:
-    """`requested` turns true with the first SIGTERM or SIGINT; `signal` then names it."""
+    """`requested` turns true with the first SIGTERM, SIGINT or notice; `signal` then names it."""
 
     def __init__(self):
         self.requested = False
         self.signal = ""
+        self._since = 0.0
+
+    def request(self, signal: str) -> None:
+        if not self.requested:
+            self._since = time.monotonic()
+        self.requested, self.signal = True, signal
+
+    def seconds(self) -> float:
+        """Since the request; 0 on a process that another's request stops."""
+        return time.monotonic() - self._since if self.requested else 0.0
 
 
 @contextlib.contextmanager
@@ -41,7 +52,7 @@ def stop_on_signals() -> Iterator[Stop]:
     def handle(number: int, frame: object) -> None:
         if number == signal.SIGINT and stop.signal == "SIGINT":
             raise KeyboardInterrupt
-        stop.requested, stop.signal = True, signal.Signals(number).name
+        stop.request(signal.Signals(number).name)
         # Not through the logger: the signal may have come while its lock was held.
         again = "; again to stop without saving" if number == signal.SIGINT else ""
         os.write(2, f"\n{stop.signal}: saving after this step, then stopping{again}\n".encode())
