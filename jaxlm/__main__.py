@@ -185,7 +185,8 @@ def run(name: str, config: configs.StageConfig) -> None:
         raise alone
     processes = 1
     if name in ON_DEVICES:
-        devices.start()
+        asked = [getattr(each, "loop", None) for each in (config, *getattr(config, "stages", ()))]
+        devices.start(deterministic=any(loop.deterministic for loop in asked if loop is not None))
         if devices.distributed():  # perhaps: a TPU VM can be alone
             import jax
 

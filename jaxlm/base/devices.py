@@ -86,12 +86,15 @@ def keep_memory() -> None:
         libc.mallopt(option, value)
 
 
-def start() -> None:
+def start(deterministic: bool = False) -> None:
     """Makes the devices ready for use: simulated ones, compiled programs of before, the other processes.
 
-    Raises UserError where jax finds no device of the kind that is asked for.
+    `deterministic`: programs for a GPU take no order of sums that differs from run to run. Raises UserError where jax
+    finds no device of the kind that is asked for.
     """
     keep_memory()
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     import jax
 
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

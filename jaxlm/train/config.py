@@ -175,6 +175,9 @@ class LoopConfig:
     """So many steps in a row whose loss or gradient is not finite, or a spike, end the run; fewer are skipped."""
     black_boxes: int = 3
     """The first so many bad steps are kept whole in WORKDIR/blackbox/STEP, for tools/replay.py; 0: none."""
+    deterministic: bool = False
+    """The same bits on every rerun on a GPU too, where sums are otherwise taken in any order: slower there, and nothing
+    new elsewhere."""
     profile_steps: tuple[int, ...] = ()
     """First and last step of a profiler trace into tensorboard/."""
     stop_at_step: int = 0
