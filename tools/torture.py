@@ -56,6 +56,7 @@ PLACES = (
     Place("save, retention", "jaxlm.train.step_folder", "sweep", 4, 0.01),
     Place("metrics", "jaxlm.train.metrics_writer", "MetricsWriter.write", 9, 0.001),
     Place("rollout", "jaxlm.rl.rolling", "Roller.roll_mixed", 6, 0.3, ("rl",)),
+    Place("learning", "jaxlm.rl.rollout", "place", 6, 0.1, ("rl",)),
     Place("model", "jaxlm.train.model_directory", "write", 1, 0.1),
 )
 
@@ -100,20 +101,19 @@ def killed_runs(command: list[str], options: Any) -> Iterator[tuple[Path, list[s
     """(folder of a run that came to its end, the places at which it was killed before); `options.kills` in all."""
     draw = random.Random(options.seed)
     places = [place for place in PLACES if not place.stages or options.stage in place.stages]
-    queue: list[Place] = []
+    kills_at = dict.fromkeys(places, 0)
     left, number = options.kills, 0
     while left > 0:
         workdir, kills, code = options.workdir / f"killed-{number}", [], -1
         number += 1
         while code:
-            queue = queue or draw.sample(places, len(places))
-            place = queue.pop() if left > 0 else None
+            # Each place in its turn. A run may come to its end before it gets there; the next one begins with it.
+            place = min(places, key=lambda each: (kills_at[each], draw.random())) if left > 0 else None
             code = life(command, workdir, place, draw)
             if place and code == -signal.SIGKILL:
                 kills.append(place.name)
+                kills_at[place] += 1
                 left -= 1
-            elif place and not code:
-                queue.append(place)  # it came to its end before: the next run begins with this place
             elif code:
                 raise SystemExit(f"torture: {workdir} ended with {code} after {kills}; see {log_of(workdir)}")
         if kills:

@@ -42,17 +42,17 @@ def pretrained(rows: str, workdir: Path, *, steps: int, layers: int = 1) -> str:
 
 
 class Runner:
-    """Starts a stage in processes of its own, on 4 simulated devices in all; they share compiled programs."""
+    """Starts a stage in processes of its own, on simulated devices, `devices` in all; they share compiled programs."""
 
-    def __init__(self, root: Path, stage: str, config: str):
+    def __init__(self, root: Path, stage: str, config: str, devices: int = 4):
         """`config`: the text of a config file."""
-        self.root, self.stage, self.config = root, stage, root / "config.py"
+        self.root, self.stage, self.config, self.devices = root, stage, root / "config.py", devices
         self.config.write_text(config)
 
     def start(self, workdir: Path, *arguments: str, process: int = 0, processes: int = 1, port: int = 0):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices // processes}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
