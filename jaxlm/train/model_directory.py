@@ -75,17 +75,17 @@ class ModelDirectory:
         """Length of the rows it was trained on; 0 where the manifest does not say."""
         return self.manifest.facts.get("row_length", 0)
 
-    def load_params(self, definition: Definition, shardings: Any = None) -> Params:
+    def load_params(self, definition: Definition, shardings: Any = None, *, part: Definition | None = None) -> Params:
         """The parameters in the definition's layout and types, read tensor by tensor.
 
         With `shardings` (a tree like the parameters: `definition.shardings(mesh)`), every device gets its own part
         and no host reads more than its devices hold. Raises UserError with the list of tensors that are missing,
-        unknown, of another shape or not float32.
+        unknown, of another shape or not float32. `part`: of these weights alone; the definition still has all.
         """
         with contextlib.ExitStack() as opened:
             tensors = self.open_tensors(opened)
             self._compare(definition, tensors)
-            return build(definition, tensors, shardings)
+            return build(part or definition, tensors, shardings)
 
     def open_tensors(self, opened: contextlib.ExitStack) -> dict[str, Any]:
         """Tensor name → its slice object in the mapped file: shape and type are known, nothing is read."""
