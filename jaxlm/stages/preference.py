@@ -31,6 +31,7 @@ from jaxlm.base import files, manifest, metrics, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
+from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import flops_per_token
@@ -184,9 +185,10 @@ class Heldout:
 def read_batches(
     config: PreferenceConfig,
     mesh: Mesh,
-    tuned: Tuned,
+    model: ModelDirectory,
     encoder: records.Encoder,
     alive: Callable[[], None] = lambda: None,
+    tuned: Tuned | None = None,
 ) -> tuple[PreferenceBatches, PreferenceBatches | None]:
     """(to train on, held out), with what the reference says of their answers."""
     read = records.read_records(config.workdir, config.sources, config.max_bad_share)
@@ -200,10 +202,11 @@ def read_batches(
         {reason: len(names) for reason, names in batches.dropped.items()} or "none",
     )
     if config.has_reference:
+        tuned = tuned or tune(config, mesh, model, model.config.scan_layers)
         folder = config.reference_cache or f"{config.workdir}/reference"
         # Under adapters the reference is their base itself, the arrays that training takes.
-        base = (lambda: tuned.base()["base"]) if config.lora else None
-        asked = tuned.model, tuned.reference, mesh, config.loss_chunk_tokens, alive, base
+        base = (lambda held=tuned.base: held()["base"]) if config.lora else None
+        asked = model, tuned.reference, mesh, config.loss_chunk_tokens, alive, base
         ask = lambda some: reference_logprobs(folder, some, *asked)
         batches.reference = ask(preference_batches(config, together, mesh, 0))
         if heldout:
@@ -226,7 +229,7 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         require_model_fits(config.mesh, jax.device_count(), model.config)
         encoder = records.Encoder(template, (config.criterion,), config.annotators)
         tuned = tune(config, mesh, model, model.config.scan_layers)
-        batches, heldout = read_batches(config, mesh, tuned, encoder, lambda: watchdog.enter("eval"))
+        batches, heldout = read_batches(config, mesh, model, encoder, lambda: watchdog.enter("eval"), tuned)
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
         program = _build(config, mesh, tuned)
         held = Heldout(config, program, tuned.measured, heldout)
@@ -262,10 +265,13 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             report = held.report(outcome.state, encoder)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
+        made = outcome.state.ema or outcome.state.params
+        if config.lora is not None:
+            peft.write(f"{config.workdir}/adapter", made, tuned.trained, model, config.lora)
         write_model(
             config,
             outcome,
-            tuned.merged(outcome.state.ema or outcome.state.params),
+            tuned.merged(made),
             model.config,
             mesh,
             tokenizer=model.folder,

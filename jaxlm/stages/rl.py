@@ -26,6 +26,7 @@ from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
+from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
 from jaxlm.model.lora import trained
 from jaxlm.model.transformer import define_model
@@ -373,11 +374,13 @@ def main(config: RLConfig) -> dict[str, Any]:
         watchdog.enter("save")
         if jax.process_index() == 0:
             draw_frontier(config.workdir)
-        policy = outcome.state.policy
+        made = outcome.state.policy.ema or outcome.state.policy.params
+        if config.lora is not None:
+            peft.write(f"{config.workdir}/adapter", made, trained(models.policy), directories.policy, config.lora)
         write_model(
             config,
             outcome,
-            Tuned(config.lora, shape, directories.policy, mesh, config.seed).merged(policy.ema or policy.params),
+            Tuned(config.lora, shape, directories.policy, mesh, config.seed).merged(made),
             shape,
             mesh,
             tokenizer=directories.policy.folder,

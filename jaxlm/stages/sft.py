@@ -28,6 +28,7 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data import chats
 from jaxlm.data.loader import Loader
+from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import flops_per_token
@@ -191,10 +192,13 @@ def main(config: SFTConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
+        made = outcome.state.ema or outcome.state.params
+        if config.lora is not None:
+            peft.write(f"{config.workdir}/adapter", made, tuned.trained, model, config.lora)
         write_model(
             config,
             outcome,
-            tuned.merged(outcome.state.ema or outcome.state.params),
+            tuned.merged(made),
             model.config,
             mesh,
             tokenizer=model.folder,

@@ -164,7 +164,7 @@ def write(
     weight_map = {}
     for number, names in enumerate(_shards(definition), 1):
         file = f"model-{number:05}.safetensors"
-        tensors = dict(_tensors(definition, params, names))
+        tensors = dict(host_tensors(definition, params, names))
         if wrong := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
             raise Refused(f"{folder}: is not written; not finite: {', '.join(wrong[:8])}")
         if writes:
@@ -226,14 +226,16 @@ def _shards(definition: Definition) -> list[set[str]]:
     return shards
 
 
-def _tensors(definition: Definition, params: Params, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor on the host) of the named tensors, one at a time: a stacked weight is fetched layer by layer."""
+def host_tensors(
+    definition: Definition, params: Params, names: set[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor on the host) of the named tensors or of all, one at a time: a stacked weight layer by layer."""
     for path, declared in definition:
         leaf: Any = params
         for part in path:
             leaf = leaf[part]
         for row, (name, _) in enumerate(tensor_shapes(declared)):
-            if name in names:
+            if names is None or name in names:
                 yield name, _fetch(leaf[row] if _stacked(declared) else leaf)
 
 
