@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from stage_runs import arrays_of, lines_of, pretrained, written
+from stage_runs import Runner, arrays_of, assert_same_run, lines_of, pretrained, written
 
 from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
@@ -21,6 +21,30 @@ from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, Sc
 SOUNDS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "owl": "hoo", "pig": "oink"}
 
 
+CONFIG = """
+from jaxlm.base.config import MeshConfig
+from jaxlm.data.config import ChatSource
+from jaxlm.model.config import LoRAConfig
+from jaxlm.stages.config import SFTConfig
+from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+
+def get_config():
+    return SFTConfig(
+        model=%(model)r,
+        sources=(
+            ChatSource(name="train", path=%(train)r),
+            ChatSource(name="heldout", path=%(heldout)r, split="heldout"),
+        ),
+        row_length=64,
+        batch_rows=8,
+        steps=12,
+        lora=LoRAConfig(rank=4, dora=True, dropout=0.2),
+        optimizer=OptimizerConfig(weight_decay=0.0, epsilon=1e-3, ema=0.9),
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=2),
+        mesh=MeshConfig(data=2, fsdp=-1),
+        loop=LoopConfig(log_every_steps=1, evaluate_every_steps=4, checkpoint=CheckpointConfig(every_steps=2)),
+    )
+"""
 ALONE = MeshConfig(data=1)
 DROPPED = LoRAConfig(rank=4, dora=True, dropout=0.25)
 
@@ -169,3 +193,16 @@ def test_stacked_is_unrolled(program):
 def test_targets_are_checked_before_anything_is_read(config):
     with pytest.raises(ConfigError, match="lora.targets: 'qeury' is no matrix"):
         sft.main(dataclasses.replace(config, lora=LoRAConfig(targets=("qeury",))))
+
+
+@pytest.mark.slow
+def test_killed_is_never_killed(config, tmp_path):
+    train, heldout = (source.path for source in config.sources)
+    runner = Runner(tmp_path, "sft", CONFIG % {"model": config.model, "train": train, "heldout": heldout})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runner.run(whole)
+    runner.kill(killed, 3, seed=1, lines=(-2, 5))
+    runner.run(killed)
+    assert_same_run(killed, whole, 12, kinds=("params/", "optimizer/", "ema/", "step"))
+    for file in ("adapter/adapter_model.safetensors", "model/params/model-00001.safetensors"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()

@@ -390,7 +390,7 @@ def test_records_keep_what_the_stages_share(config):
 
 
 def test_under_adapters_the_reference_is_the_base_itself(config, monkeypatch):
-    config = other(config, lora=LoRAConfig(rank=2), steps=2, accumulate=2)
+    config = other(config, lora=LoRAConfig(rank=2), steps=2, accumulate=2, mesh=MeshConfig(fsdp=4, data=1, tensor=2))
     given = []
     asked, fed = preference.reference_logprobs, preference.with_base
     monkeypatch.setattr(preference, "reference_logprobs", lambda *a: (given.append(a[-1]()), asked(*a))[1])
