@@ -24,6 +24,7 @@ from jaxlm.base import config as configs
 from jaxlm.base import files, metrics, sharding
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import JaxlmError, UserError
+from jaxlm.replay.blackbox import without_base
 from jaxlm.replay.nonfinite import first_nonfinite
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.config import CheckpointConfig
@@ -80,11 +81,11 @@ def load(folder: epath.Path, step: int, values: dict[str, Any]) -> tuple[Program
     with jax.set_mesh(mesh):
         program = load_stage(values["stage"]).build(config, mesh)
         checkpoints = Checkpointer(folder / "before", CheckpointConfig())
-        wanted = {"state": program.abstract_state, "batch": program.abstract_batch}
+        wanted = {"state": program.abstract_state, "batch": without_base(program.abstract_batch)}
         found = checkpoints.restore(lambda layout: wanted, step=step - 1)
     checkpoints.close()
     assert found is not None
-    return program, found.state["state"], found.state["batch"]
+    return program, found.state["state"], found.state["batch"] | program.base()
 
 
 if __name__ == "__main__":

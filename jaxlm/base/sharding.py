@@ -31,6 +31,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "positions": (),
     "criteria": (),
+    "rank": (),
+    "key": (),
     "batch": ("slices", "data", "fsdp", "expert"),
     "sequence": ("context",),
     "activation_mlp": ("tensor",),
@@ -82,7 +84,7 @@ def weight_sharding(mesh: Mesh, path: str, axes: Sequence[str | None], shape: Se
             )
     pieces = math.prod(mesh.shape[name] for part in placed for name in _names(part))
     could_split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
-    if could_split and pieces == 1 and math.prod(shape) * bytes_each > LARGE_WEIGHT_BYTES:
+    if could_split and pieces == 1 and "rank" not in axes and math.prod(shape) * bytes_each > LARGE_WEIGHT_BYTES:
         raise ConfigError("mesh", f"{path} {tuple(shape)} would lie whole on every device; no axis of it is sharded")
     return NamedSharding(mesh, placed)
 

@@ -9,6 +9,7 @@ import jax
 
 from jaxlm.base.config import check
 from jaxlm.model.config import ModelConfig
+from jaxlm.model.weights import Params
 from jaxlm.sample.config import SamplingConfig
 from jaxlm.sample.decoding import prepare
 from jaxlm.sample.sampler import Sampler
@@ -32,11 +33,13 @@ def with_samples(
     workdir: str,
     row_length: int,
     template: ChatTemplate | None = None,
+    whole: Callable[[Params], Params] = lambda params: params,
 ) -> Evaluate:
     """`evaluate`, after which each prompt is continued, or with a template answered, into WORKDIR/completions.jsonl.
 
-    The average speaks where there is one. The same step says the same again, so that a run that went back and comes by
-    once more replaces its lines. Raises ConfigError for prompts that leave no room in `row_length` tokens.
+    The average speaks where there is one; `whole`: a state's parameters → all of the model's. The same step says the
+    same again, so that a run that went back and comes by once more replaces its lines. Raises ConfigError for prompts
+    that leave no room in `row_length` tokens.
     """
     if not prompts:
         return evaluate
@@ -55,7 +58,7 @@ def with_samples(
 
     def both(state: TrainState) -> dict[str, float]:
         figures = evaluate(state)
-        said = sampler.generate(prepare(model, state.ema or state.params), asked, sampling)
+        said = sampler.generate(prepare(model, whole(state.ema or state.params)), asked, sampling)
         step = int(state.step)
         lines = [
             {"step": step, "prompt": prompt, "answer": completion.text, "stop_reason": completion.stop_reason}

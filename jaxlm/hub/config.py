@@ -11,10 +11,12 @@ class ImportConfig(StageConfig):
     """A Hugging Face directory as a model of ours."""
 
     stage: ClassVar[str] = "import"
-    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "source")
+    runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "source", "adapter")
 
     source: str = ""
     """The directory: config.json, safetensors, tokenizer."""
+    adapter: str = ""
+    """A directory of peft's, LoRA or DoRA, that is merged into the model; empty: none."""
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of matrix products; auto: bfloat16 where most of its tensors are that, else float32."""
     chat_template: str = ""

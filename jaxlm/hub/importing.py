@@ -1,5 +1,7 @@
 """A Hugging Face directory as a model directory on disk."""
 
+import functools
+import operator
 import tempfile
 import time
 from typing import Any
@@ -10,10 +12,11 @@ from jaxlm.base import files, manifest
 from jaxlm.base.config import identity
 from jaxlm.base.errors import UserError
 from jaxlm.base.logging import logger
-from jaxlm.hub import generation, hugging_face
+from jaxlm.hub import generation, hugging_face, peft
 from jaxlm.hub.config import ImportConfig
 from jaxlm.hub.find import is_hugging_face
 from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import chat
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.tokenizer.chat import ChatTemplate
@@ -25,8 +28,9 @@ def inputs(config: ImportConfig) -> dict[str, str]:
     folder = epath.Path(config.source)
     if not folder.is_dir() or not is_hugging_face(folder):
         raise UserError(f"source: {folder} is no Hugging Face directory: a folder with a model's config.json is needed")
-    held = {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    return {config.source: files.hash_json(held)}
+    read = [config.source] + [config.adapter] * bool(config.adapter)
+    held = lambda folder: {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: files.hash_json(held(epath.Path(name))) for name in read}
 
 
 def import_model(config: ImportConfig) -> dict[str, Any]:
@@ -51,6 +55,9 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
         facts["row_length"] = context
     with tempfile.TemporaryDirectory() as temporary, directory.opened(definition) as params:
         tokenizers.save(directory.tokenizer(), temporary)
+        if config.adapter:
+            adapter = peft.read(config.adapter, directory.family, directory.config)
+            params = _merged(params, definition, adapter)
         written = model_directory.write(
             f"{config.workdir}/model",
             params,
@@ -68,6 +75,18 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
     contents = [f"model/{name}" for name in written.files]
     manifest.write(config.workdir, "run", contents=contents, facts=facts | {"summary": summary}, **made_with)
     return summary
+
+
+def _merged(params: Params, definition: Definition, adapter: peft.Adapter) -> Params:
+    """The same tree, a matrix with its adapter when numpy asks for it."""
+    by_name = {}
+    for path, declared in definition:
+        leaf: Any = functools.reduce(operator.getitem, path, params)
+        names = [name for name, _ in model_directory.tensor_shapes(declared)]
+        parts = leaf if isinstance(leaf, list) else [leaf]
+        made = [adapter.merged(name, part) for name, part in zip(names, parts, strict=True)]
+        by_name[id(declared)] = made if isinstance(leaf, list) else made[0]
+    return definition.tree(lambda declared: by_name[id(declared)])
 
 
 def _template(config: ImportConfig, directory: hugging_face.HuggingFaceDirectory) -> ChatTemplate | None:

@@ -26,10 +26,11 @@ from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
 from jaxlm.base.sharding import constrain
-from jaxlm.hub import hugging_face
+from jaxlm.hub import families, hugging_face, peft
 from jaxlm.hub.find import find_model, is_hugging_face
 from jaxlm.hub.generation import Generation
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import ModelConfig, adapted
+from jaxlm.model.lora import joined
 from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.config import SamplingConfig
@@ -61,13 +62,19 @@ class Score:
 
 
 def load(
-    path: epath.PathLike, *, mesh: Mesh | None = None, verify: bool = True, compute: Compute | None = None
+    path: epath.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    verify: bool = True,
+    compute: Compute | None = None,
+    adapter: epath.PathLike | None = None,
 ) -> "LanguageModel":
     """The model in a model directory, in a Hugging Face directory, or the newest one in a run's folder.
 
     `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
     `verify=False` skips the sha256 of its files. `compute` is the type of matrix products, in place of the model's own
-    (of a Hugging Face directory: bfloat16 where most tensors are that, else float32). Raises UserError for folders
+    (of a Hugging Face directory: bfloat16 where most tensors are that, else float32). `adapter`: a directory of peft's,
+    LoRA or DoRA, which stays beside the model's matrices. Raises UserError for folders
     without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
     """
     foreign = is_hugging_face(epath.Path(path))
@@ -75,6 +82,12 @@ def load(
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
+    if adapter is not None:
+        family = directory.family if isinstance(directory, hugging_face.HuggingFaceDirectory) else None
+        read = peft.read(adapter, family or families.find(directory.config)[0], directory.config)
+        config, params = adapted(config, read.lora), joined(params, read.params())
+        place = for_inference(config)[1].shardings(mesh) if mesh else None
+        params = jax.device_put(params, place)
     return LanguageModel(
         config,
         params,

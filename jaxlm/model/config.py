@@ -144,3 +144,43 @@ class ModelConfig:
 
     def kind(self, layer: int) -> Attention:
         return self.pattern[layer % len(self.pattern)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters are trained beside frozen matrices, W + scale A B (arXiv:2106.09685)."""
+
+    rank: int = 16
+    """r: columns of A, rows of B."""
+    alpha: float = 32.0
+    """scale = alpha / rank."""
+    rank_stabilised: bool = False
+    """scale = alpha / sqrt(rank) (arXiv:2312.03732)."""
+    targets: tuple[str, ...] = ("layers/*",)
+    """Matrices of the layers with adapters, by whole or last name, with wildcards: layers/attention/*, query, up."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    dora: bool = False
+    """Learns the length of each column by itself, beside its direction (DoRA, arXiv:2402.09353)."""
+
+    def __post_init__(self):
+        check(self.rank >= 1, "rank", f"got {self.rank}; 1 or more is needed")
+        check(self.alpha > 0, "alpha", f"got {self.alpha}; a positive number is needed")
+        check(0 <= self.dropout < 1, "dropout", f"got {self.dropout}; a share in [0, 1) is needed")
+        check(len(self.targets) > 0, "targets", "is empty; name matrices, such as layers/attention/*")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedConfig(ModelConfig):
+    """A transformer with adapters; no model directory has one."""
+
+    lora: LoRAConfig = LoRAConfig()
+
+
+def adapted(config: ModelConfig, lora: LoRAConfig) -> AdaptedConfig:
+    """The same transformer with adapters."""
+    return AdaptedConfig(lora=lora, **{f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)})

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Int
 from jaxlm.base.sharding import constrain
+from jaxlm.model import lora
 from jaxlm.model.config import ModelConfig, RopeScaling
 from jaxlm.model.weights import Constant, Normal, weight
 
@@ -21,11 +22,12 @@ ACTIVATIONS = {
 
 
 def project(module: nnx.Module, name: str, x: Float[Array, "B S D"], compute: precision.Compute) -> Array:
-    """x times the module's weight of that name, plus its `name_bias` where it has one, added in float32."""
+    """x times the module's weight of that name, plus what its adapters add, and its `name_bias`, in float32."""
     kernel, bias = getattr(module, name)[...], getattr(module, f"{name}_bias", None)
-    if bias is None:
-        return precision.matmul(x, kernel, compute)
-    return (precision.matmul(x, kernel, compute, wide=True) + bias[...][None, None, :]).astype(precision.dtype(compute))
+    product = precision.matmul(x, kernel, compute, wide=True)
+    if hasattr(module, f"{name}_lora_a"):
+        product += lora.added(module, name, x, product, compute)
+    return (product if bias is None else product + bias[...][None, None, :]).astype(precision.dtype(compute))
 
 
 class RMSNorm(nnx.Module):

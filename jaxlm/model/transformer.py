@@ -20,8 +20,9 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Float32, Int
 from jaxlm.base.sharding import constrain
+from jaxlm.model import lora
 from jaxlm.model.attention import Layer, Place, SelfAttention
-from jaxlm.model.config import Attention, ModelConfig
+from jaxlm.model.config import AdaptedConfig, Attention, ModelConfig
 from jaxlm.model.layers import MLP, Rotations, make_norm, rotations
 from jaxlm.model.weights import Constant, Definition, Normal, apply, define, number, weight
 
@@ -78,6 +79,9 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
         self.attention = SelfAttention(config, kind)
         self.mlp = MLP(config)
+        if isinstance(config, AdaptedConfig):
+            lora.declare(self.attention, "layers/attention", config.lora)
+            lora.declare(self.mlp, "layers/mlp", config.lora)
         self.kind, self.place, self.parallel = kind, config.norm_place, config.parallel_mlp
 
     def __call__(
@@ -225,7 +229,8 @@ def for_inference(config: ModelConfig) -> tuple[ModelConfig, Definition]:
 
 
 def flops_per_token(config: ModelConfig, sequence: int) -> float:
-    """Model FLOPs of training on one token: 6 per weight of a matrix product, 12 per head-sized score seen.
+    """Model FLOPs of training on one token: 6 per weight of a matrix product (4 where it is frozen under adapters,
+    whose own are not counted), 12 per head-sized score seen.
 
     The embedding lookup is free; a causal query sees (sequence + 1) / 2 keys on average (arXiv:2204.02311, appendix B,
     counts all S keys; we count those that are seen).
@@ -237,4 +242,4 @@ def flops_per_token(config: ModelConfig, sequence: int) -> float:
     for layer in range(config.layers):
         reach = min(config.window, sequence) if config.kind(layer).startswith("local") else sequence
         seen += (reach + 1) / 2 if reach == sequence else reach - reach * (reach - 1) / (2 * sequence)
-    return 6 * weights + 12 * config.heads * N * seen
+    return (4 if isinstance(config, AdaptedConfig) else 6) * weights + 12 * config.heads * N * seen

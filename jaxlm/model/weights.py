@@ -80,6 +80,15 @@ class Definition:
             node[path[-1]] = make(declared)
         return tree
 
+    def part(self, keep: Callable[[Weight], bool]) -> "Definition":
+        """The same with those weights alone: for trees of them, `apply` needs all."""
+        return dataclasses.replace(self, weights=tuple((path, w) for path, w in self.weights if keep(w)))
+
+    def of(self, tree: Params) -> "Definition":
+        """The same with those weights alone that a tree has."""
+        given = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        return dataclasses.replace(self, weights=tuple((path, w) for path, w in self.weights if path in given))
+
     def abstract(self) -> Params:
         return self.tree(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype))
 
@@ -91,10 +100,15 @@ class Definition:
 
 
 def weight(
-    shape: tuple[int, ...], axes: tuple[str, ...], init: Normal | Constant, *, matrix: bool = False
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    init: Normal | Constant,
+    *,
+    matrix: bool = False,
+    kind: Any = jnp.float32,
 ) -> nnx.Param:
-    """Declares a float32 weight; no number is made here."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init=init, matrix=matrix, layers=())
+    """Declares a weight, float32 but for keys; no number is made here."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, kind), axes=axes, init=init, matrix=matrix, layers=())
 
 
 def number(block: nnx.Module, layers: tuple[int, ...], *, stacked: bool) -> nnx.Module:
@@ -128,7 +142,8 @@ def define(module: nnx.Module, compute: Compute, matrix_dtype: Any = jnp.float32
         meta = declared.get_metadata()
         names = tuple(str(part) for part in path)
         abstract = declared.get_value()
-        large = meta["matrix"] or "vocab" in meta["axes"]
+        # Adapters train whatever type their matrix lies in.
+        large = (meta["matrix"] and "rank" not in meta["axes"]) or "vocab" in meta["axes"]
         weights.append(
             (
                 names,

@@ -31,7 +31,7 @@ class Need(NamedTuple):
     """Bytes of one device."""
 
     parts: dict[str, int]
-    """parameters, optimizer, average, other state, batch, temporaries (activations, gradients, logits)"""
+    """parameters, optimizer, average, other state, frozen base, batch, temporaries (activations, gradients, logits)"""
 
     @property
     def total(self) -> int:
@@ -50,12 +50,16 @@ def need(program: Program) -> Need:
 
 def stored_parts(program: Program) -> dict[str, int]:
     """What lies on one device from step to step, by part."""
-    parts: dict[str, int] = dict.fromkeys(("parameters", "optimizer", "average", "other state", "batch"), 0)
+    parts: dict[str, int] = dict.fromkeys(
+        ("parameters", "optimizer", "average", "other state", "frozen base", "batch"), 0
+    )
     names = {"params": "parameters", "optimizer": "optimizer", "ema": "average"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
         fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
         parts[next((names[field] for field in fields if field in names), "other state")] += shard_bytes(leaf)
-    parts["batch"] = sum(map(shard_bytes, jax.tree.leaves(program.abstract_batch)))
+    batch = dict(program.abstract_batch)
+    parts["frozen base"] = sum(map(shard_bytes, jax.tree.leaves(batch.pop("base", {}))))
+    parts["batch"] = sum(map(shard_bytes, jax.tree.leaves(batch)))
     return parts
 
 

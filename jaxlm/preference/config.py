@@ -5,6 +5,7 @@ import math
 from typing import ClassVar, Literal
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
+from jaxlm.model.config import LoRAConfig
 from jaxlm.reward.config import AnnotatorWeight, RankingSource
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
@@ -128,6 +129,8 @@ class PreferenceConfig(StageConfig):
     """How often the prompts are gone through, where `steps` is 0."""
     steps: int = 0
     """Updates of the whole schedule; 0 derives them from the epochs."""
+    lora: LoRAConfig | None = None
+    """Trains low-rank adapters beside the model's frozen matrices, which are the reference; none: all weights."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig(kind="linear", peak=1e-6, warmup_steps=10)
@@ -163,6 +166,8 @@ class PreferenceConfig(StageConfig):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
         check(0 <= self.max_bad_share <= 1, "max_bad_share", f"got {self.max_bad_share}; a share from 0 to 1 is needed")
         check(self.schedule.peak > 0, "schedule.peak", "is 0; a learning rate is needed, such as 1e-6")
+        if self.lora is not None:
+            check(not self.lora.dropout, "lora.dropout", "must be 0: in the reference nothing is dropped")
 
     @property
     def method(self) -> DPOConfig | KTOConfig | ORPOConfig | SimPOConfig:

@@ -39,11 +39,13 @@ def reference_logprobs(
     mesh: Mesh,
     chunk_tokens: int = 0,
     alive: Callable[[], None] = lambda: None,
+    params: Callable[[], Params] | None = None,
 ) -> Reference:
     """Read from `folder`, or computed with the model's weights and kept there; all processes call it together.
 
     `batches`, in one piece: each answer is scored in rows like those trained on, by the forward pass that learns.
-    `alive` is called before each of them, of which there can be hours.
+    `alive` is called before each of them, of which there can be hours. `params`: () → the weights, where somebody has
+    them.
     """
     asked = identity(batches, model)
     kept = epath.Path(folder) / files.hash_json(asked)[:16]
@@ -51,7 +53,8 @@ def reference_logprobs(
         from_first(lambda: manifest.verify(kept, _known(kept, asked)))
         logger.info("the reference's log-probabilities are in %s", kept)
         return _split(np.load(io.BytesIO((kept / NAME).read_bytes())), batches)
-    values = _computed(batches, model, definition, mesh, chunk_tokens, alive)
+    given = params() if params else model.load_params(definition, definition.shardings(mesh))
+    values = _computed(batches, model, given, definition, mesh, chunk_tokens, alive)
     from_first(lambda: _keep(kept, values, asked))
     return _split(values, batches)
 
@@ -90,13 +93,13 @@ def _split(values: np.ndarray, batches: PreferenceBatches) -> Reference:
 def _computed(
     batches: PreferenceBatches,
     model: ModelDirectory,
+    params: Params,
     definition: Definition,
     mesh: Mesh,
     chunk_tokens: int,
     alive: Callable[[], None],
 ) -> np.ndarray:
     """float32: the answers' log-probabilities, then those of the answers to other prompts; NaN for those in no pair."""
-    params = model.load_params(definition, definition.shardings(mesh))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def score(params: Params, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -2,7 +2,7 @@
 
     blackbox/71/
       record.json        the step's metrics, norms by group of layers among them, its rows and documents, and the config
-      before/70/         a checkpoint of the state before the step and of its batch
+      before/70/         a checkpoint of the state before the step and of its batch, without the base under adapters
 
 No step waits for this. A state that can halt (`TrainState.halt` is 0) stays as it is from a bad step on, whatever
 steps are dispatched after it. The loop sees that an interval later, or before it evaluates or saves, goes back to that
@@ -53,7 +53,7 @@ class BlackBox:
         before = self._turn(state, jnp.int32(1), jnp.int32(0))
         checkpoints = Checkpointer(self.folder / str(step) / "before", CheckpointConfig(keep_last=1))
         try:
-            checkpoints.save(step - 1, {"state": before, "batch": batch}, extra={})
+            checkpoints.save(step - 1, {"state": before, "batch": without_base(batch)}, extra={})
             # The same step once more: nothing was kept of its metrics, and a sound machine finds it bad again.
             after, measured = compiled(before, batch)
             if checkpoints.wait() is None:
@@ -74,6 +74,11 @@ class BlackBox:
         if not repeated:
             logger.error("step %d, taken again, was NOT bad: a device or its memory may be faulty", step)
         return self.armed(after)
+
+
+def without_base(batch: Any) -> Any:
+    """A batch as it is kept: the frozen weights under adapters are those of the config's model, by its hash."""
+    return {name: x for name, x in batch.items() if name != "base"}
 
 
 def _told(name: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
+from jaxlm.model.config import LoRAConfig
 from jaxlm.text.config import SourceConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
@@ -76,6 +77,8 @@ class RewardConfig(StageConfig):
     """How often the prompts are gone through, where `steps` is 0; more than one overfits soon (arXiv:2203.02155)."""
     steps: int = 0
     """Updates of the whole schedule; 0 derives them from the epochs."""
+    lora: LoRAConfig | None = None
+    """Trains low-rank adapters beside the model's frozen matrices, and the heads; none: all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig(peak=1e-5, warmup_steps=10)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatSource, MixtureSource
 from jaxlm.feedback.config import VerifierConfig
+from jaxlm.model.config import LoRAConfig
 from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig, WatchdogConfig
 
 
@@ -216,6 +217,9 @@ class RLConfig(StageConfig):
     """How often a rollout's answers are gone through."""
     minibatch_answers: int = 64
     """Answers an update; with dpo, those of its pairs."""
+    lora: LoRAConfig | None = None
+    """Trains low-rank adapters beside frozen matrices: of the policy, whose base is the reference, and of PPO's value
+    function, whose base is the reward model; none: all weights."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
     """The policy's update rule."""
     schedule: ScheduleConfig = ScheduleConfig(kind="linear", peak=1e-6, warmup_steps=10)
@@ -284,6 +288,8 @@ class RLConfig(StageConfig):
             late = "is for verifiers alone: a reward model's scores are hardly ever alike, and come after the drawing"
             check(not self.reward_model, "grpo.extra_prompts", late)
         check(self.schedule.peak > 0, "schedule.peak", "is 0; a learning rate is needed, such as 1e-6")
+        if self.lora is not None:
+            check(not self.lora.dropout, "lora.dropout", "must be 0: the policy that learns is the one that answered")
 
     @property
     def penalty(self) -> KLConfig | None:

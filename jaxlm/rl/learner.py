@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxlm.base import metrics, rng, sharding
 from jaxlm.base.arrays import Array, Bool, Float32
 from jaxlm.base.metrics import Mean
+from jaxlm.model import lora
 from jaxlm.model.weights import Definition, Params
 from jaxlm.rl import advantages as adv
 from jaxlm.rl import forward, kl, objectives
@@ -97,7 +98,9 @@ class Answers(NamedTuple):
     kl: Array
 
 
-Update = Callable[[TrainState, Any, Examples, dict[str, Array]], tuple[tuple[TrainState, Any], dict[str, Mean]]]
+Update = Callable[..., tuple[tuple[TrainState, Any], dict[str, Mean]]]
+Frozen = dict[str, Params]
+"""{"reference", "reward"}, what is not trained; with adapters the bases of policy and value function."""
 
 
 def updates_a_rollout(config: RLConfig) -> int:
@@ -107,7 +110,7 @@ def updates_a_rollout(config: RLConfig) -> int:
 
 class Learner:
     def __init__(self, config: RLConfig, models: Models, update: Update):
-        """`update(policy, value, examples, pretraining rows)` is one step on a minibatch."""
+        """`update(policy, value, examples, pretraining rows, frozen)` is one step on a minibatch."""
         self.config, self.models, self.update = config, models, update
 
     def __call__(self, state: RLState, batch: dict[str, Any]) -> tuple[RLState, dict[str, Mean], Answers]:
@@ -115,10 +118,15 @@ class Learner:
         rollout: Rollout = batch["rollout"]
         value = state.value.params if state.value else {}
         assessed = assess(self.config, self.models, state.policy.params, value, batch["frozen"], rollout)
-        return self.learn(state, rollout, assessed, batch.get("pretraining", {}))
+        return self.learn(state, rollout, assessed, batch.get("pretraining", {}), batch["frozen"])
 
     def learn(
-        self, state: RLState, rollout: Rollout, assessed: Assessed, pretraining: dict[str, Array]
+        self,
+        state: RLState,
+        rollout: Rollout,
+        assessed: Assessed,
+        pretraining: dict[str, Array],
+        frozen: Frozen | None = None,
     ) -> tuple[RLState, dict[str, Mean], Answers]:
         """What follows scoring: advantages over the whole rollout, and all updates; `pretraining` rows or {}."""
         scores = rollout.scores + assessed.model_scores
@@ -126,7 +134,7 @@ class Learner:
 
         def update(carry: tuple[TrainState, Any], picked: tuple[Array, dict[str, Array]]) -> Any:
             part = whole(jax.tree.map(lambda x: x[picked[0]], examples))
-            return self.update(carry[0], carry[1], part, picked[1])
+            return self.update(carry[0], carry[1], part, picked[1], frozen)
 
         order = self._order(state.step, examples)
         # Each update takes every U-th row: devices split their own.
@@ -249,6 +257,16 @@ class Learner:
         return measured
 
 
+def policy_of(models: Models, params: Params, frozen: Frozen | None) -> Params:
+    """The whole policy: with adapters, over the reference's own arrays."""
+    return lora.over(models.policy, frozen and frozen["reference"], params)
+
+
+def value_of(models: Models, params: Params, frozen: Frozen | None) -> Params:
+    """The whole value function: with adapters, over the arrays of the reward model, or else of the reference."""
+    return lora.over(models.value, frozen and frozen.get("reward", frozen["reference"]), params) if models.value else {}
+
+
 def answer_tokens(
     config: RLConfig, models: Models, definition: Definition, params: Params, rollout: Rollout
 ) -> forward.AnswerTokens:
@@ -267,10 +285,10 @@ def assess(
 
     def part(rows: Rollout) -> Assessed:
         tokens = lambda definition, params: answer_tokens(config, models, definition, params, rows).logprobs
-        logprobs = tokens(models.policy, policy)
+        logprobs = tokens(models.policy, policy_of(models, policy, frozen))
         values, scores = jnp.zeros_like(logprobs), jnp.zeros(logprobs.shape[0], jnp.float32)
         if models.value is not None:
-            values = forward.answer_values(models.value, value, rows)
+            values = forward.answer_values(models.value, value_of(models, value, frozen), rows)
         if models.reward is not None:
             scores = weighted(config, models.criteria, forward.rewards(models.reward, frozen["reward"], rows))
         return Assessed(logprobs, tokens(models.reference, frozen["reference"]), values, scores)

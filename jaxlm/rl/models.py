@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data.loader import Loader
 from jaxlm.data.mixture import History
 from jaxlm.model.attention import chosen, fitting_length
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import ModelConfig, adapted
+from jaxlm.model.lora import trained
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 from jaxlm.rl import prompts
@@ -96,10 +97,16 @@ def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Mod
     value = dataclasses.replace(reward or policy, criteria=("value",)) if config.ppo else None
     # What is not trained lies in the compute type, in which its products are taken anyway.
     frozen = lambda shape: define_model(shape, precision.dtype(shape.compute))
+
+    def learning(shape: ModelConfig) -> Definition:
+        if config.lora is None:
+            return define_model(shape)
+        return define_model(adapted(shape, config.lora), precision.dtype(shape.compute))
+
     return Models(
-        policy=define_model(policy),
+        policy=learning(policy),
         reference=frozen(policy),
-        value=define_model(value) if value else None,
+        value=learning(value) if value else None,
         reward=frozen(reward) if reward else None,
         criteria=reward.criteria if reward else (),
         vocabulary=tokens if tokens < policy.vocab_size else None,
@@ -118,6 +125,7 @@ class Part:
         ema: bool = False,
         spike_window: int = 0,
     ):
+        definition = trained(definition)
         self._make = functools.partial(initial_state, optimizer=optimizer, ema=ema, spike_window=spike_window)
         abstract = jax.eval_shape(self._make, definition.abstract())
         self.placed: TrainState = state_shardings(abstract, definition, mesh)
@@ -128,11 +136,24 @@ class Part:
         return jax.jit(self._make, out_shardings=self.placed, donate_argnums=0)(params)
 
 
-def first_value(config: RLConfig, directories: Directories, placed: Any) -> Params:
+Begin = Callable[[Definition, str, Any], Params]
+"""(definition, "reference" or "reward", shardings) → the first adapters over those frozen weights."""
+
+
+def first_policy(config: RLConfig, directories: Directories, models: Models, placed: Any, begin: Begin) -> Params:
+    """The policy's parameters as they begin: the model's, or adapters over it."""
+    if config.lora is None:
+        return directories.policy.load_params(models.policy, placed)
+    return begin(models.policy, "reference", placed)
+
+
+def first_value(config: RLConfig, directories: Directories, models: Models, placed: Any, begin: Begin) -> Params:
     """The value function as it begins: the reward model's score, or the policy with a head of zeros."""
     source = directories.reward or directories.policy
-    definition = define_model(source.config)
-    params = source.load_params(definition, definition.shardings(placed["score"].mesh))
+    definition = part = define_model(source.config)
+    if config.lora is not None:
+        part = definition.part(lambda w: w.name in ("score", "score_bias"))
+    params = source.load_params(definition, part.shardings(placed["score"].mesh), part=part)
 
     def heads(params: Params) -> Params:
         if not source.config.criteria:
@@ -141,7 +162,10 @@ def first_value(config: RLConfig, directories: Directories, placed: Any) -> Para
         return {"score": whole(params["score"])[:, None], "score_bias": whole(params["score_bias"][None, :])}
 
     given = {name: params.pop(name) for name in ("score", "score_bias", "head") if name in params}
-    return params | jax.jit(heads, out_shardings={name: placed[name] for name in ("score", "score_bias")})(given)
+    made = params | jax.jit(heads, out_shardings={name: placed[name] for name in ("score", "score_bias")})(given)
+    if config.lora is None or models.value is None:
+        return made
+    return begin(models.value, "reward", placed) | made
 
 
 def load_frozen(directories: Directories, models: Models, like: dict[str, Any]) -> dict[str, Params]:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
+from jaxlm.model.config import adapted
 from jaxlm.model.weights import Params
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
@@ -57,8 +58,17 @@ class Answered(NamedTuple):
 class Roller:
     """Answers prompts and scores the answers, as far as programs do."""
 
-    def __init__(self, config: RLConfig, sampler: Sampler, judge: Judge, gold: Judge | None, row_length: int):
-        """`row_length`: the S of its rollouts."""
+    def __init__(
+        self,
+        config: RLConfig,
+        sampler: Sampler,
+        judge: Judge,
+        gold: Judge | None,
+        row_length: int,
+        whole: Callable[[Params], Params] = lambda params: params,
+    ):
+        """`row_length`: the S of its rollouts. `whole`: what the policy learns → all that it is."""
+        self.whole = whole
         self.config, self.sampler, self.judge, self.gold, self.row_length = config, sampler, judge, gold, row_length
 
     def roll(
@@ -103,7 +113,7 @@ class Roller:
         return self._gathered(answered, rows), answered.prompts, answered.completions, measured
 
     def _prepared(self, params: Params) -> Params:
-        return prepare(self.sampler.source_config, params)
+        return prepare(self.sampler.source_config, self.whole(params))
 
     def _answer(
         self, prepared: Params, prompts: Sequence[Prompt], step: int, samples: int, seed: int, rows: int
@@ -150,7 +160,8 @@ def sampler_of(config: RLConfig, policy: ModelDirectory) -> Sampler:
     """
     template = policy.chat_template()
     ends = template.stop_ids if template else ()
-    return Sampler(policy.config, policy.tokenizer(), ends=ends, prompt_room=config.max_prompt_tokens)
+    shape = adapted(policy.config, config.lora) if config.lora else policy.config
+    return Sampler(shape, policy.tokenizer(), ends=ends, prompt_room=config.max_prompt_tokens)
 
 
 def names(numbers: Sequence[int], prompts: int) -> list[int]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource, check_exclude
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
@@ -111,6 +111,8 @@ class SFTConfig(StageConfig):
     """How often the chats are gone through, where `steps` is 0."""
     steps: int = 0
     """Updates of the whole schedule; 0 derives them from the epochs."""
+    lora: LoRAConfig | None = None
+    """Trains low-rank adapters beside the model's frozen matrices, at rates of 1e-4 or more; none: all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig(peak=2e-5, warmup_steps=20)

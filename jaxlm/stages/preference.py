@@ -26,13 +26,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from jaxlm.adapters.training import Tuned, separated, whole, with_base
 from jaxlm.base import files, manifest, metrics, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
+from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.model.transformer import flops_per_token
 from jaxlm.model.weights import Definition, Params
 from jaxlm.preference import records
 from jaxlm.preference.batches import PreferenceBatches, preference_batches
@@ -80,12 +82,13 @@ def train_step(
     """One update on a global batch: rows `[B, S]` of packed answers, and R pairs that point into them."""
     # A prompt counts as one, whatever its number of answers.
     prompts = jnp.maximum(batch["prompts"], 1.0)
-    pieces = {name: value for name, value in batch.items() if name != "prompts"}
+    base, pieces = separated({name: value for name, value in batch.items() if name != "prompts"}, config.accumulate)
+    over_base = lambda params: whole(definition, base, params, config.seed, state.step, pieces)
     # KTO's: of the whole batch and before its gradients, so that all pieces are measured against the same point.
-    kl = reference_point(config, state.params, pieces, definition, config.accumulate)
+    kl = reference_point(config, over_base(state.params), pieces, definition, config.accumulate)
 
     def objective(params: Params, piece: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
-        sums = piece_sums(config, params, piece, definition, kl)
+        sums = piece_sums(config, over_base(params), piece, definition, kl)
         return sums.loss / prompts, as_metrics(sums, prompts / config.accumulate)
 
     (loss, measured), gradients = gradients_in_pieces(objective, state.params, pieces, config.accumulate)
@@ -107,18 +110,18 @@ def open_model(config: PreferenceConfig, verify: bool = True) -> ModelDirectory:
 def build(config: PreferenceConfig, mesh: Mesh) -> Program:
     """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
     model = open_model(config, verify=False)
-    return _build(config, mesh, model, model.config.scan_layers)
+    return _build(config, mesh, tune(config, mesh, model, model.config.scan_layers))
 
 
-def define(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Definition:
+def tune(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Tuned:
     shape = dataclasses.replace(model.config, scan_layers=scan_layers)
-    return define_model(chosen(shape, mesh.devices.flat[0].platform, config.row_length))
+    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
+    return Tuned(config.lora, fitting, model, mesh, config.seed)
 
 
-def _build(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Program:
-    definition = define(config, mesh, model, scan_layers)
-    optimizer = optimizers.make_optimizer(config.optimizer, definition)
-    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+def _build(config: PreferenceConfig, mesh: Mesh, tuned: Tuned) -> Program:
+    optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
+    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer)
     rows = abstract_rows(mesh, config.batch_rows, config.row_length)
     whole = sharding.replicated(mesh)
     kinds = {"better": jnp.int32, "worse": jnp.int32, "weight": jnp.float32}
@@ -129,14 +132,14 @@ def _build(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_lay
         kinds |= {"better_other": jnp.float32, "worse_other": jnp.float32}
         rows |= {"other_ids": rows["ids"], "other_mask": rows["loss_mask"]}
     pairs = {name: jax.ShapeDtypeStruct((config.batch_pairs,), kind, sharding=whole) for name, kind in kinds.items()}
-    batch = rows | pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
-    start = functools.partial(model.load_params, definition)
-    return make_program(step, definition, optimizer, batch, mesh, rule=config.optimizer, start=start)
+    batch = rows | pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)} | tuned.abstract()
+    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
+    return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
 
 
 def placed(program: Program, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
     """What of a batch the program takes, on its mesh."""
-    return placed_batch(program.mesh, {name: batch[name] for name in program.abstract_batch}, rows)
+    return placed_batch(program.mesh, {name: batch[name] for name in program.abstract_batch if name != "base"}, rows)
 
 
 class Heldout:
@@ -160,7 +163,7 @@ class Heldout:
         """(batch, implicit rewards of its better answers, those of its worse ones, its metrics)."""
         for batch in self.batches.heldout(self.config.heldout_batches or None) if self.batches else ():
             given = placed(self.program, batch, self.config.batch_rows // self.config.accumulate)
-            yield batch, *jax.device_get(self.measure(state.ema or state.params, given))
+            yield batch, *jax.device_get(self.measure(self.program.whole(state.ema or state.params), given))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """eval/loss, eval/pair_accuracy, and the rewards and log-probabilities."""
@@ -185,6 +188,7 @@ def read_batches(
     model: ModelDirectory,
     encoder: records.Encoder,
     alive: Callable[[], None] = lambda: None,
+    tuned: Tuned | None = None,
 ) -> tuple[PreferenceBatches, PreferenceBatches | None]:
     """(to train on, held out), with what the reference says of their answers."""
     read = records.read_records(config.workdir, config.sources, config.max_bad_share)
@@ -198,9 +202,12 @@ def read_batches(
         {reason: len(names) for reason, names in batches.dropped.items()} or "none",
     )
     if config.has_reference:
-        definition = define(config, mesh, model, model.config.scan_layers)
+        tuned = tuned or tune(config, mesh, model, model.config.scan_layers)
         folder = config.reference_cache or f"{config.workdir}/reference"
-        ask = lambda some: reference_logprobs(folder, some, model, definition, mesh, config.loss_chunk_tokens, alive)
+        # Under adapters the reference is their base itself, the arrays that training takes.
+        base = (lambda held=tuned.base: held()["base"]) if config.lora else None
+        asked = model, tuned.reference, mesh, config.loss_chunk_tokens, alive, base
+        ask = lambda some: reference_logprobs(folder, some, *asked)
         batches.reference = ask(preference_batches(config, together, mesh, 0))
         if heldout:
             heldout.reference = ask(heldout)
@@ -221,21 +228,24 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
         require_model_fits(config.mesh, jax.device_count(), model.config)
         encoder = records.Encoder(template, (config.criterion,), config.annotators)
-        batches, heldout = read_batches(config, mesh, model, encoder, lambda: watchdog.enter("eval"))
+        tuned = tune(config, mesh, model, model.config.scan_layers)
+        batches, heldout = read_batches(config, mesh, model, encoder, lambda: watchdog.enter("eval"), tuned)
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
-        program = build(config, mesh)
-        held = Heldout(config, program, define_model(model.config), heldout)
+        program = _build(config, mesh, tuned)
+        held = Heldout(config, program, tuned.measured, heldout)
+        batches_from = lambda step, _: (placed(program, b, config.batch_rows) for _, b in batches.batches(step))
+        other = tune(config, mesh, model, not model.config.scan_layers)
         task = Task(
             program=program,
             compile=lambda: compiled_step(program),
-            other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
+            other_layout=_build(config, mesh, other).abstract_state,
             model=model.config,
             steps=config.steps,
             weights=(),
-            batches=lambda step, _: (placed(program, b, config.batch_rows) for _, b in batches.batches(step)),
+            batches=with_base(batches_from, program.base()),
             evaluate=held.evaluate,
             tokens_per_step=config.batch_rows * config.row_length,
-            flops_per_token=flops_per_token(model.config, config.row_length),
+            flops_per_token=flops_per_token(tuned.config, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
             black_box=BlackBox(config, program),
@@ -255,10 +265,13 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             report = held.report(outcome.state, encoder)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
+        made = outcome.state.ema or outcome.state.params
+        if config.lora is not None:
+            peft.write(f"{config.workdir}/adapter", made, tuned.trained, model, config.lora)
         write_model(
             config,
             outcome,
-            outcome.state.ema or outcome.state.params,
+            tuned.merged(made),
             model.config,
             mesh,
             tokenizer=model.folder,

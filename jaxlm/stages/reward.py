@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from jaxlm.adapters.training import Tuned, separated, whole, with_base
 from jaxlm.base import files, manifest, sharding
 from jaxlm.base.errors import ConfigError, JaxlmError
 from jaxlm.base.logging import logger
@@ -84,11 +85,12 @@ def train_step(
         if not config.centring:
             # Differences do not feel the bias: its gradient is rounding, which Adam would blow up to whole steps.
             params = params | {"score_bias": jax.lax.stop_gradient(params["score_bias"])}
+        params = whole(definition, base, params, config.seed, state.step, piece)
         sums = piece_sums(params, piece, definition, config.centring)
         loss = losses.batch_loss(sums, prompts)
         return loss, as_metrics(sums, prompts / config.accumulate)
 
-    pieces = {name: value for name, value in batch.items() if name != "prompts"}
+    base, pieces = separated({name: value for name, value in batch.items() if name != "prompts"}, config.accumulate)
     (loss, measured), gradients = gradients_in_pieces(objective, state.params, pieces, config.accumulate)
     good = jnp.isfinite(loss) & (batch["prompts"] > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
@@ -107,14 +109,14 @@ def as_metrics(sums: losses.RankingSums, prompts: jax.Array) -> dict[str, Mean]:
 
 
 def reward_shape(config: RewardConfig, model: ModelDirectory) -> Any:
+    if model.config.criteria not in ((), config.criteria):
+        raise ConfigError("criteria", f"the model scores {model.config.criteria}; take these, or a language model")
     return dataclasses.replace(model.config, criteria=config.criteria)
 
 
 def first_params(config: RewardConfig, model: ModelDirectory, definition: Definition, placed: Any) -> Params:
     """The model's own weights with new heads; all of a reward model's of the same criteria."""
     if model.config.criteria:
-        if model.config.criteria != config.criteria:
-            raise ConfigError("criteria", f"the model scores {model.config.criteria}; take these, or a language model")
         return model.load_params(definition, placed)
     shape = dataclasses.replace(model.config, scan_layers=_stacks(definition))
     trunk = model.load_params(define_model(shape))
@@ -129,22 +131,26 @@ def _stacks(definition: Definition) -> bool:
 def build(config: RewardConfig, mesh: Mesh) -> Program:
     """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
     model = model_directory.read(find_model(config.model, "model"), verify=False)
-    return _build(config, mesh, model, model.config.scan_layers)
+    return _build(config, mesh, tune(config, mesh, model, model.config.scan_layers))
 
 
-def _build(config: RewardConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Program:
+def tune(config: RewardConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Tuned:
     shape = dataclasses.replace(reward_shape(config, model), scan_layers=scan_layers)
-    definition = define_model(chosen(shape, mesh.devices.flat[0].platform, config.row_length))
-    optimizer = optimizers.make_optimizer(config.optimizer, definition)
-    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
+    return Tuned(config.lora, fitting, model, mesh, config.seed, functools.partial(first_params, config, model))
+
+
+def _build(config: RewardConfig, mesh: Mesh, tuned: Tuned) -> Program:
+    optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
+    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer)
     whole = sharding.replicated(mesh)
     pairs = {
         name: jax.ShapeDtypeStruct((config.batch_pairs,), kind, sharding=whole) for name, kind in PAIR_ARRAYS.items()
     }
     batch = {name: x for name, x in abstract_rows(mesh, config.batch_rows, config.row_length).items() if name in ROWS}
-    batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
-    start = functools.partial(first_params, config, model, definition)
-    return make_program(step, definition, optimizer, batch, mesh, rule=config.optimizer, start=start)
+    batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)} | tuned.abstract()
+    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
+    return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
 
 
 class Heldout:
@@ -170,7 +176,7 @@ class Heldout:
         """(batch, rewards of its better answers, those of its worse ones, its summed loss); of the average if any."""
         for batch in self.batches.heldout(self.config.heldout_batches or None) if self.batches else ():
             placed = placed_batch(self.program.mesh, batch, self.config.batch_rows // self.config.accumulate)
-            better, worse, sums = jax.device_get(self.measure(state.ema or state.params, placed))
+            better, worse, sums = jax.device_get(self.measure(self.program.whole(state.ema or state.params), placed))
             yield batch, better, worse, float(sums.loss.sum())
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -234,20 +240,22 @@ def main(config: RewardConfig) -> dict[str, Any]:
             {reason: len(names) for reason, names in batches.dropped.items()} or "none",
             config.steps,
         )
-        program, shape = build(config, mesh), reward_shape(config, model)
-        definition = define_model(shape)
-        held = Heldout(config, program, definition, heldout)
+        tuned, shape = tune(config, mesh, model, model.config.scan_layers), reward_shape(config, model)
+        program, definition = _build(config, mesh, tuned), define_model(shape)
+        held = Heldout(config, program, tuned.measured, heldout)
+        batches_from = lambda step, _: (placed_batch(mesh, b, config.batch_rows) for _, b in batches.batches(step))
+        other = tune(config, mesh, model, not model.config.scan_layers)
         task = Task(
             program=program,
             compile=lambda: compiled_step(program),
-            other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
+            other_layout=_build(config, mesh, other).abstract_state,
             model=shape,
             steps=config.steps,
             weights=(),
-            batches=lambda step, _: (placed_batch(mesh, b, config.batch_rows) for _, b in batches.batches(step)),
+            batches=with_base(batches_from, program.base()),
             evaluate=held.evaluate,
             tokens_per_step=config.batch_rows * config.row_length,
-            flops_per_token=flops_per_token(shape, config.row_length),
+            flops_per_token=flops_per_token(tuned.config, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
             black_box=BlackBox(config, program),
@@ -266,7 +274,8 @@ def main(config: RewardConfig) -> dict[str, Any]:
         watchdog.enter("save")
         with jax.set_mesh(mesh):
             report = held.report(outcome.state, encoder)
-            params, before = centred(outcome.state.ema or outcome.state.params, config, definition, reference)
+            made = tuned.merged(outcome.state.ema or outcome.state.params)
+            params, before = centred(made, config, definition, reference)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
         facts = {"summary": summary, "row_length": config.row_length, "mean_before_centring": before}
         write_model(

@@ -13,17 +13,23 @@ completions.jsonl (some answers of each rollout), reward_kl.png (reward and gold
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxlm.adapters.training import Tuned, first_adapters
+from jaxlm.adapters.weights import require_targets
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
+from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
+from jaxlm.model.lora import trained
+from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.rl import forward, objectives, prompts
 from jaxlm.rl.config import RLConfig
@@ -31,13 +37,16 @@ from jaxlm.rl.evaluation import evaluator
 from jaxlm.rl.figures import draw_frontier
 from jaxlm.rl.learner import (
     Examples,
+    Frozen,
     Learner,
     Models,
     RLState,
     answer_tokens,
     pair_metrics,
     policy_metrics,
+    policy_of,
     updates_a_rollout,
+    value_of,
 )
 from jaxlm.rl.models import (
     Directories,
@@ -45,6 +54,7 @@ from jaxlm.rl.models import (
     abstract_batch,
     batches,
     define_models,
+    first_policy,
     first_value,
     load_frozen,
     row_length,
@@ -98,6 +108,7 @@ def ppo_step(
     value: TrainState,
     examples: Examples,
     rows: dict[str, jax.Array],
+    frozen: Frozen | None = None,
     *,
     config: RLConfig,
     models: Models,
@@ -112,20 +123,20 @@ def ppo_step(
     units = jnp.maximum(jnp.sum(examples.mask.astype(jnp.float32)), 1.0)
 
     def policy_objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
-        tokens = answer_tokens(config, models, models.policy, params, examples.rollout)
+        tokens = answer_tokens(config, models, models.policy, policy_of(models, params, frozen), examples.rollout)
         sums = objectives.policy_loss(
             tokens.logprobs, examples.logprobs, examples.advantages, examples.mask, ppo.clip, ppo.clip
         )
         loss, measured = sums.loss / units, policy_metrics(sums, tokens, examples.mask, sums.loss, units)
         if rows:
-            mixed = losses.row_sums(params, rows, models.policy, config.loss_chunk_tokens)
+            mixed = losses.row_sums(policy_of(models, params, frozen), rows, models.policy, config.loss_chunk_tokens)
             loss += ppo.pretraining_coefficient * mixed.loss / jnp.maximum(mixed.targets, 1.0)
             measured["rl/pretraining_loss"] = Mean(mixed.loss, mixed.targets)
         return loss, measured
 
     def value_objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
         assert models.value is not None
-        values = forward.answer_values(models.value, params, examples.rollout)
+        values = forward.answer_values(models.value, value_of(models, params, frozen), examples.rollout)
         sums = objectives.value_loss(values, examples.values, examples.returns, examples.mask, ppo.value_clip)
         return sums.loss / units, {
             "rl/value_loss": Mean(sums.loss, units),
@@ -154,6 +165,7 @@ def grpo_step(
     value: tuple[()],
     examples: Examples,
     rows: dict[str, jax.Array],
+    frozen: Frozen | None = None,
     *,
     config: RLConfig,
     models: Models,
@@ -166,7 +178,7 @@ def grpo_step(
     units = jnp.maximum(units, 1.0)
 
     def objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
-        tokens = answer_tokens(config, models, models.policy, params, examples.rollout)
+        tokens = answer_tokens(config, models, models.policy, policy_of(models, params, frozen), examples.rollout)
         sums = objectives.policy_loss(
             tokens.logprobs,
             examples.logprobs,
@@ -195,6 +207,7 @@ def dpo_step(
     value: tuple[()],
     examples: Examples,
     rows: dict[str, jax.Array],
+    frozen: Frozen | None = None,
     *,
     config: RLConfig,
     models: Models,
@@ -205,7 +218,7 @@ def dpo_step(
     beta, signs = config.dpo.beta, examples.advantages[:, 0]
 
     def objective(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
-        tokens = answer_tokens(config, models, models.policy, params, examples.rollout)
+        tokens = answer_tokens(config, models, models.policy, policy_of(models, params, frozen), examples.rollout)
         sums = objectives.pair_loss(tokens.logprobs, examples.reference, examples.mask, signs, beta)
         units = jnp.where(sums.pairs == 0, 1.0, sums.pairs)
         return sums.loss / units, pair_metrics(sums, tokens, examples)
@@ -225,6 +238,8 @@ def open_models(config: RLConfig, verify: bool = True) -> Directories:
     reward = None
     if config.reward_model:
         reward = model_directory.read(find_model(config.reward_model, "reward_model"), verify=verify)
+    if config.lora is not None:
+        require_targets(define_model(policy.config), config.lora)
     return Directories(policy, reward).checked(config)
 
 
@@ -233,9 +248,16 @@ def build(config: RLConfig, mesh: Mesh) -> Program:
     return build_from(config, mesh, open_models(config, verify=False))
 
 
-def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Program:
+def build_from(
+    config: RLConfig, mesh: Mesh, directories: Directories, frozen: Callable[[], Frozen] | None = None
+) -> Program:
+    """`frozen`: () → what `load_frozen` reads, where it is read already."""
     models = define_models(config, directories, mesh)
-    optimizer = optimizers.make_optimizer(config.optimizer, models.policy)
+    batch = abstract_batch(config, models, mesh, row_length(config, directories.policy.config, mesh))
+    adapters = functools.partial(
+        first_adapters, config.seed, frozen or (lambda: load_frozen(directories, models, batch["frozen"]))
+    )
+    optimizer = optimizers.make_optimizer(config.optimizer, trained(models.policy))
     rule = config.optimizer
     window = rule.spike_window if rule.spike_limit else 0
     policy = Part(models.policy, optimizer, mesh, ema=rule.ema > 0, spike_window=window)
@@ -243,7 +265,7 @@ def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Progra
     step: Any = functools.partial(alone, config=config, models=models, policy_optimizer=optimizer)
     value = None
     if config.ppo is not None and models.value is not None:
-        value_optimizer = optimizers.make_optimizer(config.ppo.value_optimizer, models.value)
+        value_optimizer = optimizers.make_optimizer(config.ppo.value_optimizer, trained(models.value))
         value = Part(models.value, value_optimizer, mesh)
         step = functools.partial(
             ppo_step, config=config, models=models, policy_optimizer=optimizer, value_optimizer=value_optimizer
@@ -269,11 +291,12 @@ def build_from(config: RLConfig, mesh: Mesh, directories: Directories) -> Progra
             skipped=jnp.int32(0),
         )
         return jax.device_put(numbers, whole)._replace(
-            policy=policy.initial(directories.policy.load_params(models.policy, policy.placed.params)),
-            value=value.initial(first_value(config, directories, value.placed.params)) if value else (),
+            policy=policy.initial(first_policy(config, directories, models, policy.placed.params, adapters)),
+            value=value.initial(first_value(config, directories, models, value.placed.params, adapters))
+            if value
+            else (),
         )
 
-    batch = abstract_batch(config, models, mesh, row_length(config, directories.policy.config, mesh))
     placed = jax.tree.map(lambda x: x.sharding, (abstract, batch))
     return Program(
         step=jax.jit(
@@ -310,13 +333,15 @@ def main(config: RLConfig) -> dict[str, Any]:
         heldout = heldout[: config.heldout_prompts or None]
         if both := len({prompt.ids for prompt in asked} & {prompt.ids for prompt in heldout}):
             logger.warning("%d of %d held-out prompts are trained on too", both, len(heldout))
-        program, models = build_from(config, mesh, directories), define_models(config, directories, mesh)
-        frozen = load_frozen(directories, models, program.abstract_batch["frozen"])
+        models = define_models(config, directories, mesh)
+        S = row_length(config, shape, mesh)
+        frozen = load_frozen(directories, models, abstract_batch(config, models, mesh, S)["frozen"])
+        program = build_from(config, mesh, directories, lambda: frozen)
         judge = lambda some: Judge(config.verifiers, some, "verifiers")
         gold = lambda some: Judge([config.gold], some, "gold") if config.gold else None
-        S = row_length(config, shape, mesh)
-        roller = Roller(config, sampler, judge(asked), gold(asked), S)
-        heldout_roller = Roller(config, sampler, judge(heldout), gold(heldout), S)
+        policy_whole = lambda params: policy_of(models, params, frozen)
+        roller = Roller(config, sampler, judge(asked), gold(asked), S, policy_whole)
+        heldout_roller = Roller(config, sampler, judge(heldout), gold(heldout), S, policy_whole)
         task = Task(
             program=program,
             compile=lambda: Iteration(config, program, roller, frozen),
@@ -349,11 +374,13 @@ def main(config: RLConfig) -> dict[str, Any]:
         watchdog.enter("save")
         if jax.process_index() == 0:
             draw_frontier(config.workdir)
-        policy = outcome.state.policy
+        made = outcome.state.policy.ema or outcome.state.policy.params
+        if config.lora is not None:
+            peft.write(f"{config.workdir}/adapter", made, trained(models.policy), directories.policy, config.lora)
         write_model(
             config,
             outcome,
-            policy.ema or policy.params,
+            Tuned(config.lora, shape, directories.policy, mesh, config.seed).merged(made),
             shape,
             mesh,
             tokenizer=directories.policy.folder,

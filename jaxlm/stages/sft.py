@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from jaxlm.adapters.training import Tuned, separated, whole, with_base
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
@@ -28,9 +29,10 @@ from jaxlm.base.metrics import Mean
 from jaxlm.data import chats
 from jaxlm.data.loader import Loader
 from jaxlm.evaluate.samples import with_samples
+from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.model.transformer import flops_per_token
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.stages.config import SFTConfig
 from jaxlm.tokenizer import chat
@@ -98,7 +100,10 @@ def train_step(
     targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
 
+    base, batch = separated(batch, config.accumulate)
+
     def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+        params = whole(definition, base, params, config.seed, state.step, rows)
         sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
         return sums.loss / count, losses.as_metrics(sums)
 
@@ -112,17 +117,21 @@ def train_step(
 def build(config: SFTConfig, mesh: Mesh) -> Program:
     """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
     model = model_directory.read(find_model(config.model, "model"), verify=False)
-    return _build(config, mesh, model, model.config.scan_layers)
+    return _build(config, mesh, tune(config, mesh, model, model.config.scan_layers))
 
 
-def _build(config: SFTConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Program:
+def tune(config: SFTConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Tuned:
     shape = dataclasses.replace(model.config, scan_layers=scan_layers)
-    definition = define_model(chosen(shape, mesh.devices.flat[0].platform, config.row_length))
-    optimizer = optimizers.make_optimizer(config.optimizer, definition)
-    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
-    rows = abstract_rows(mesh, config.batch_rows, config.row_length)
-    start = functools.partial(model.load_params, definition)
-    return make_program(step, definition, optimizer, rows, mesh, rule=config.optimizer, start=start)
+    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
+    return Tuned(config.lora, fitting, model, mesh, config.seed)
+
+
+def _build(config: SFTConfig, mesh: Mesh, tuned: Tuned) -> Program:
+    optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
+    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer)
+    batch = abstract_rows(mesh, config.batch_rows, config.row_length) | tuned.abstract()
+    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
+    return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
 
 
 def main(config: SFTConfig) -> dict[str, Any]:
@@ -150,37 +159,40 @@ def main(config: SFTConfig) -> dict[str, Any]:
         )
         if loader.tokenizer_hash != model.tokenizer().hash:
             raise UserError("pretraining: was packed with another tokenizer than the model's; pack it again")
-        program = build(config, mesh)
+        tuned = tune(config, mesh, model, model.config.scan_layers)
+        program = _build(config, mesh, tuned)
         general = f"{config.workdir}/general"
         sets = [HeldoutSet([rows])] if has_heldout(rows) else []
         sets += [HeldoutSet([general], "general")] if epath.Path(general).exists() else []
         measure = evaluator(
             program,
-            define_model(model.config),
+            tuned.measured,
             sets,
             batch_rows=config.batch_rows // config.accumulate,
             limit=config.heldout_batches,
             chunk_tokens=config.loss_chunk_tokens,
         )
+        other = tune(config, mesh, model, not model.config.scan_layers)
         task = Task(
             program=program,
             compile=lambda: compiled_step(program),
-            other_layout=_build(config, mesh, model, not model.config.scan_layers).abstract_state,
+            other_layout=_build(config, mesh, other).abstract_state,
             model=model.config,
             steps=config.steps,
             weights=loader.weights,
-            batches=global_batches(loader, mesh),
+            batches=with_base(global_batches(loader, mesh), program.base()),
             evaluate=with_samples(
                 measure,
                 config.sample_prompts,
-                model.config,
+                tuned.config,
                 model.tokenizer(),
                 config.workdir,
                 config.row_length,
                 template,
+                program.whole,
             ),
             tokens_per_step=config.batch_rows * config.row_length,
-            flops_per_token=flops_per_token(model.config, config.row_length),
+            flops_per_token=flops_per_token(tuned.config, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
             black_box=BlackBox(config, program, loader.described),
@@ -191,10 +203,13 @@ def main(config: SFTConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
+        made = outcome.state.ema or outcome.state.params
+        if config.lora is not None:
+            peft.write(f"{config.workdir}/adapter", made, tuned.trained, model, config.lora)
         write_model(
             config,
             outcome,
-            outcome.state.ema or outcome.state.params,
+            tuned.merged(made),
             model.config,
             mesh,
             tokenizer=model.folder,

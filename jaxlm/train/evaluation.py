@@ -13,6 +13,7 @@ from jaxlm.base import manifest, metrics, sharding
 from jaxlm.base.arrays import Array
 from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import RowSource, heldout_batches
+from jaxlm.model.lora import joined
 from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses
@@ -53,17 +54,18 @@ def evaluator(
     """
     mesh = program.mesh
     rows = sharding.batch_sharding(mesh)
-    placed = program.shardings.batch | {"bytes": rows}
+    placed = {name: where for name, where in program.shardings.batch.items() if name != "base"} | {"bytes": rows}
+    params_placed = joined(program.shardings.batch.get("base", {}), program.shardings.state.params)
     step = jax.jit(
         functools.partial(evaluate_batch, definition=definition, chunk_tokens=chunk_tokens),
-        in_shardings=(program.shardings.state.params, placed),
+        in_shardings=(params_placed, placed),
         out_shardings=sharding.replicated(mesh),
     )
 
     def measure(params: Params, heldout: HeldoutSet) -> dict[str, float]:
         total: Any = None
         for batch in _batches(heldout.folders, mesh, batch_rows, limit):
-            found = step(params, batch)
+            found = step(program.whole(params), batch)
             total = metrics.merge(total, found) if total else found
         return metrics.values(total) if total else {}
 

@@ -75,17 +75,17 @@ class ModelDirectory:
         """Length of the rows it was trained on; 0 where the manifest does not say."""
         return self.manifest.facts.get("row_length", 0)
 
-    def load_params(self, definition: Definition, shardings: Any = None) -> Params:
+    def load_params(self, definition: Definition, shardings: Any = None, *, part: Definition | None = None) -> Params:
         """The parameters in the definition's layout and types, read tensor by tensor.
 
         With `shardings` (a tree like the parameters: `definition.shardings(mesh)`), every device gets its own part
         and no host reads more than its devices hold. Raises UserError with the list of tensors that are missing,
-        unknown, of another shape or not float32.
+        unknown, of another shape or not float32. `part`: of these weights alone; the definition still has all.
         """
         with contextlib.ExitStack() as opened:
             tensors = self.open_tensors(opened)
             self._compare(definition, tensors)
-            return build(definition, tensors, shardings)
+            return build(part or definition, tensors, shardings)
 
     def open_tensors(self, opened: contextlib.ExitStack) -> dict[str, Any]:
         """Tensor name → its slice object in the mapped file: shape and type are known, nothing is read."""
@@ -164,7 +164,7 @@ def write(
     weight_map = {}
     for number, names in enumerate(_shards(definition), 1):
         file = f"model-{number:05}.safetensors"
-        tensors = dict(_tensors(definition, params, names))
+        tensors = dict(host_tensors(definition, params, names))
         if wrong := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
             raise Refused(f"{folder}: is not written; not finite: {', '.join(wrong[:8])}")
         if writes:
@@ -226,14 +226,16 @@ def _shards(definition: Definition) -> list[set[str]]:
     return shards
 
 
-def _tensors(definition: Definition, params: Params, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor on the host) of the named tensors, one at a time: a stacked weight is fetched layer by layer."""
+def host_tensors(
+    definition: Definition, params: Params, names: set[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor on the host) of the named tensors or of all, one at a time: a stacked weight layer by layer."""
     for path, declared in definition:
         leaf: Any = params
         for part in path:
             leaf = leaf[part]
         for row, (name, _) in enumerate(tensor_shapes(declared)):
-            if name in names:
+            if names is None or name in names:
                 yield name, _fetch(leaf[row] if _stacked(declared) else leaf)
 
 

@@ -70,7 +70,8 @@ def make_optimizer(config: OptimizerConfig, definition: Definition) -> optax.Gra
     """(gradients, state, params) → (direction, state); the step adds learning rate × direction."""
     heads = any(declared.axes[-1] in ("vocab", "criteria") for _, declared in definition)
     if config.embedding_rate != 1 and not heads:
-        raise ConfigError("optimizer.embedding_rate", "a tied embedding is the output head too; leave its rate at 1")
+        kept = "a tied embedding is the output head too, and one under adapters is frozen; leave its rate at 1"
+        raise ConfigError("optimizer.embedding_rate", kept)
     tables = optax.masked(optax.scale(config.embedding_rate), definition.tree(lambda w: w.axes[0] == "vocab"))
     # Decay comes last, at the step's own rate for every weight.
     decay = optax.chain(tables, optax.add_decayed_weights(-config.weight_decay, definition.tree(decays)))
@@ -171,14 +172,15 @@ def global_norm(tree: Any) -> Array:
 
 
 def norms_by_group(tree: Params, definition: Definition) -> dict[str, Array]:
-    """Norms of the embedding, of the quarters of the layers (of all, where they are fewer than four), of the rest.
+    """Norms of the embedding, of the quarters of the layers (of all, where they are fewer than four), of the rest; of
+    those weights of the definition that the tree has.
 
     The same for stacked and unrolled layers: {"embedding": …, "layers_1": …, "head": …}.
     """
     layers = 1 + max((layer for _, declared in definition for layer in declared.layers), default=0)
     quarters = 4 if layers >= 4 else 1
     squares: dict[str, Any] = {}
-    for path, declared in definition:
+    for path, declared in definition.of(tree):
         leaf: Any = functools.reduce(operator.getitem, path, tree)
         each = jnp.square(leaf)
         if not declared.layers:

@@ -13,6 +13,7 @@ from jaxlm.base import sharding
 from jaxlm.base.arrays import Array
 from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
+from jaxlm.model.lora import joined
 from jaxlm.model.weights import Definition, Params, initialize
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import OptimizerConfig
@@ -55,22 +56,29 @@ class Program(NamedTuple):
     abstract_batch: Any
     shardings: Shardings
     mesh: Mesh
+    base: Callable[[], dict[str, Params]] = dict
+    """() → {"base": the frozen weights under adapters}, read once, which every batch takes; {} where all train"""
+
+    def whole(self, params: Params) -> Params:
+        """A state's parameters, with the frozen ones under them."""
+        return joined(self.base().get("base", {}), params)
 
 
 def make_program(
     step: Callable[..., Any],
     definition: Definition,
     optimizer: optax.GradientTransformation,
-    batch: dict[str, jax.ShapeDtypeStruct],
+    batch: dict[str, Any],
     mesh: Mesh,
     *,
     rule: OptimizerConfig,
     start: Callable[[Any], Params],
+    base: Callable[[], dict[str, Params]] = dict,
 ) -> Program:
     """The step with pinned shardings, of a state with this optimizer; nothing is computed or allocated here.
 
     `batch` are its abstract arrays with their shardings. `start` makes the first parameters, given their shardings:
-    `from_seed`, or a function that reads them.
+    `from_seed`, or a function that reads them. `base`: as the program's; its abstract arrays are in `batch`.
     """
 
     def initial(params: Params) -> TrainState:
@@ -78,7 +86,7 @@ def make_program(
 
     abstract = jax.eval_shape(initial, definition.abstract())
     placed = state_shardings(abstract, definition, mesh)
-    batch_placed = {name: x.sharding for name, x in batch.items()}
+    batch_placed = jax.tree.map(lambda x: x.sharding, batch)
 
     return Program(
         step=jax.jit(
@@ -92,6 +100,7 @@ def make_program(
         abstract_batch=batch,
         shardings=Shardings(placed, batch_placed),
         mesh=mesh,
+        base=base,
     )
 
 
@@ -149,5 +158,5 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 def convert_layout(tree: Any, config: ModelConfig, stacked: bool) -> Any:
     """A state with its layers stacked or unrolled: parameters, averages and moments alike."""
     turn = layout.stack if stacked else layout.unroll
-    is_model = lambda x: isinstance(x, dict) and "embedding" in x
+    is_model = lambda x: isinstance(x, dict) and not x.keys().isdisjoint(("embedding", "layers", "stack", "tail"))
     return jax.tree.map(lambda x: turn(x, config) if is_model(x) else x, tree, is_leaf=is_model)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_runs import assert_same_run, lines_of, pretrained, written
+from stage_runs import arrays_of, assert_same_run, lines_of, pretrained, written
 
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
+from jaxlm.model.config import LoRAConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.preference import reference, scoring
 from jaxlm.preference.config import DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
@@ -386,3 +387,22 @@ def test_records_keep_what_the_stages_share(config):
         assert directory.tokenizer().decode([int(id) for id in ids[targets][:-1]]) == completion.content
         assert int(ids[targets][-1]) in encoder.template.stop_ids
         assert targets.tolist() == [False] * prompt.prefix + [True] * (len(ids) - prompt.prefix)
+
+
+def test_under_adapters_the_reference_is_the_base_itself(config, monkeypatch):
+    config = other(config, lora=LoRAConfig(rank=2), steps=2, accumulate=2, mesh=MeshConfig(fsdp=4, data=1, tensor=2))
+    given = []
+    asked, fed = preference.reference_logprobs, preference.with_base
+    monkeypatch.setattr(preference, "reference_logprobs", lambda *a: (given.append(a[-1]()), asked(*a))[1])
+    monkeypatch.setattr(
+        preference, "with_base", lambda batches, base: (given.append(base["base"]), fed(batches, base))[1]
+    )
+    preference.main(config)
+    for params in given[1:]:
+        jax.tree.map(lambda a, b: a is b or pytest.fail("a second copy"), params, given[0])
+    lines = [line for line in lines_of(config.workdir) if "preference/loss" in line]
+    assert lines[0]["preference/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert lines[1]["preference/loss"] < lines[0]["preference/loss"]
+    kept = arrays_of(config.workdir, 2)
+    assert all("_lora_" in name for name in kept if name.startswith("params/"))
+    assert (Path(config.workdir) / "adapter/adapter_model.safetensors").exists()

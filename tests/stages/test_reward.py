@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stage_runs import lines_of, pretrained, written
+from stage_runs import arrays_of, lines_of, pretrained, written
 
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
+from jaxlm.model.config import LoRAConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.reward.config import AnnotatorWeight, RankingSource, RewardConfig
 from jaxlm.reward.scoring import mean_rewards
@@ -219,3 +220,23 @@ def test_what_cannot_be_is_refused(config, base, tmp_path):
         reward.main(dataclasses.replace(config, steps=1, reference_policy="nobody", workdir=config.workdir + "-none"))
     with pytest.raises(ConfigError, match="criteria: is empty"):
         dataclasses.replace(config, criteria=())
+
+
+def test_adapters_learn_beside_new_heads(config, base):
+    config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dropout=0.1), steps=2)
+    reward.main(config)
+    kept = arrays_of(config.workdir, 2)
+    params = {name.split("/")[-1] for name in kept if name.startswith("params/") and "_lora_" not in name}
+    assert params == {"score", "score_bias"}
+    assert len([name for name in kept if name.startswith("params/")]) == 2 + 2 * 7
+    before, after = (model_directory.read(f"{folder}/model") for folder in (base, config.workdir))
+    old, new = (found.load_params(define_model(found.config)) for found in (before, after))
+    np.testing.assert_array_equal(new["embedding"], old["embedding"])
+    change = new["stack"]["0"]["mlp"]["up"] - old["stack"]["0"]["mlp"]["up"]
+    a, b = (kept[f"params/stack/0/mlp/up_lora_{part}"] for part in "ab")
+    np.testing.assert_allclose(change, config.lora.scale * np.einsum("ldr,lrf->ldf", a, b), atol=1e-6)
+    # From a reward model, its heads go on.
+    again = dataclasses.replace(config, model=config.workdir, workdir=config.workdir + "-2", steps=1)
+    first = reward.tune(again, make_mesh(MeshConfig(data=1), jax.devices()[:1]), after, True)
+    begun = first.start(first.trained.shardings(first.mesh))
+    np.testing.assert_array_equal(begun["score"], new["score"])

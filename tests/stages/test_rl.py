@@ -20,7 +20,7 @@ from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
 from jaxlm.data.config import ChatSource, MixtureSource
 from jaxlm.feedback.config import VerifierConfig
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize
 from jaxlm.rl import forward, learner, models
@@ -724,3 +724,45 @@ def test_two_processes_stop_and_go_on(runner, never_stopped):
         for name in ("rl/policy_loss", "rl/value_loss", "rl/reward", "rl/kl", "eval/reward", "eval/kl"):
             if name in one and one["step"] <= 4:
                 assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (name, one["step"])
+
+
+@pytest.mark.parametrize("method", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, monkeypatch):
+    config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dora=method == "grpo"), steps=2)
+    config = config if method == "ppo" else with_grpo(config)
+    read, seen = [], []
+    load = model_directory.ModelDirectory.load_params
+
+    def recorded(self, definition, *rest, **given):
+        made = load(self, definition, *rest, **given)
+        read.append(made)
+        return made
+
+    monkeypatch.setattr(model_directory.ModelDirectory, "load_params", recorded)
+    policy_of = learner.policy_of
+    monkeypatch.setattr(rl, "policy_of", lambda m, p, f: (seen.append(made := policy_of(m, p, f)), made)[1])
+    rl.main(config)
+    # Outside of compiled steps, the whole policy is adapters over the reference's own arrays.
+    whole = [params for params in seen if not isinstance(params["embedding"], jax.core.Tracer)]
+    assert whole
+    assert all(params["embedding"] is read[0]["embedding"] for params in whole)
+    first = next(line for line in lines_of(config.workdir) if "rl/kl" in line)
+    assert abs(first["rl/kl"]) < 1e-5
+    assert first["rl/first_old_kl"] < 1e-6
+    assert first["rl/sampler_difference"] < 1e-5
+    kept = arrays_of(config.workdir, 2)
+    parts = {name.split("/")[0] for name in kept if "/params/" in name and "_lora_" not in name}
+    assert parts == ({"value"} if method == "ppo" else set()), "the value function's head alone is whole"
+    assert {name.split("/")[-1] for name in kept if "/params/" in name and "_lora_" not in name} <= {
+        "score",
+        "score_bias",
+    }
+    base, made = (model_directory.read(f) for f in (config.model, f"{config.workdir}/model"))
+    old, new = (found.load_params(define_model(found.config)) for found in (base, made))
+    np.testing.assert_array_equal(new["embedding"], old["embedding"])
+    assert np.abs(new["stack"]["0"]["mlp"]["up"] - old["stack"]["0"]["mlp"]["up"]).max() > 1e-6
+
+
+def test_adapters_of_a_policy_drop_nothing(config):
+    with pytest.raises(ConfigError, match="lora.dropout: must be 0"):
+        dataclasses.replace(config, lora=LoRAConfig(dropout=0.1))

@@ -1,0 +1,143 @@
+"""Adapters of Hugging Face's peft, in and out: its logits, from stored fixtures (tools/make_adapter_fixtures.py)."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxlm
+from jaxlm.base.errors import UserError
+from jaxlm.hub import families, peft
+from jaxlm.hub.config import ImportConfig
+from jaxlm.model import lora
+from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
+from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import initialize
+from jaxlm.stages import import_
+from jaxlm.train import model_directory
+
+HERE = Path(__file__).parent
+ADAPTERS = HERE / "adapters"
+NAMES = ("lora", "rslora", "dora")
+TOOL = HERE.parent.parent / "tools/make_adapter_fixtures.py"
+PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The adapters' base, with a tokenizer to load it by."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    shutil.copytree(HERE / "fixtures/llama", folder)
+    shutil.copytree(HERE / "fixtures/tokenizer-byte-level", folder, dirs_exist_ok=True)
+    (folder / "expected.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_peft(name, base, tmp_path):
+    expected = safetensors.numpy.load_file(ADAPTERS / name / "expected.safetensors")
+    beside = jaxlm.load(base, adapter=ADAPTERS / name)
+    np.testing.assert_allclose(beside.logits(expected["ids"]), expected["logits"], atol=1e-4)
+    import_.main(ImportConfig(source=str(base), adapter=str(ADAPTERS / name), workdir=f"{tmp_path}/run"))
+    merged = jaxlm.load(tmp_path / "run")
+    np.testing.assert_allclose(merged.logits(expected["ids"]), expected["logits"], atol=1e-4)
+    assert np.abs(jaxlm.load(base).logits(expected["ids"]) - expected["logits"]).max() > 0.03
+
+
+def imported(base, workdir) -> model_directory.ModelDirectory:
+    import_.main(ImportConfig(source=str(base), workdir=str(workdir)))
+    return model_directory.read(workdir / "model")
+
+
+def numbers(directory, config):
+    """A state's adapters of an imported model, none of them as it begins."""
+    trained = lora.trained(define_model(adapted(directory.config, config)))
+    noise = lambda path, x: x + 0.2 * jax.random.normal(jax.random.key(len(jax.tree_util.keystr(path))), x.shape)
+    return trained, jax.tree_util.tree_map_with_path(noise, initialize(trained, 3))
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig(rank=3, targets=("query", "up")), LoRAConfig(rank=2, dora=True)])
+def test_written_and_read_is_the_same(kind, base, tmp_path):
+    directory = imported(base, tmp_path / "run")
+    trained, params = numbers(directory, kind)
+    assert peft.write(tmp_path / "adapter", params, trained, directory, kind)
+    found = peft.read(tmp_path / "adapter", families.BY_TYPE["llama"], directory.config)
+    assert (found.lora.rank, found.lora.scale, found.lora.dora) == (kind.rank, kind.scale, kind.dora)
+    told = dict(model_directory.host_tensors(trained, params))
+    back = {f"{name}_lora_{part}": x for name, parts in found.tensors.items() for part, x in parts.items()}
+    assert back.keys() == told.keys()
+    for name, value in told.items():
+        np.testing.assert_array_equal(back[name], value)
+
+
+@pytest.mark.skipif(not PYTHON, reason="JAXLM_TRANSFORMERS_PYTHON names no Python with peft")
+def test_peft_reads_what_was_written(base, tmp_path):
+    for number, kind in enumerate((LoRAConfig(rank=3, rank_stabilised=True), LoRAConfig(rank=2, dora=True))):
+        directory = imported(base, tmp_path / f"run{number}")
+        trained, params = numbers(directory, kind)
+        folder = tmp_path / f"adapter{number}"
+        assert peft.write(folder, params, trained, directory, kind)
+        ids = np.arange(22, dtype=np.int32).reshape(2, 11) + 3
+        safetensors.numpy.save_file({"ids": ids}, folder / "ids.safetensors")
+        subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
+        expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
+        np.testing.assert_allclose(jaxlm.load(base, adapter=folder).logits(ids), expected, atol=1e-4)
+
+
+def edited(tmp_path, change=None, **values):
+    folder = tmp_path / "adapter"
+    shutil.copytree(ADAPTERS / "dora", folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | values
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if change:
+        tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
+REFUSED = {
+    "another kind": ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
+    "ranks of their own": ({"rank_pattern": {"q_proj": 4}}, None, r"rank_pattern=\{'q_proj': 4\} is not understood"),
+    "biases": ({"bias": "all"}, None, "bias='all' is not understood"),
+    "a changed base": ({"init_lora_weights": "pissa"}, None, "init_lora_weights is 'pissa', which changes the base"),
+    "rank 0": ({"r": 0}, None, "rank: got 0; 1 or more is needed"),
+    "another rank": ({"r": 3}, None, r"lora_A.weight is float32\[2, 16\], but \[3, 16\] is needed"),
+    "no magnitude": (
+        {},
+        lambda t: t.pop(f"{QUERY}.lora_magnitude_vector"),
+        "layers.1.self_attn.q_proj has only lora_A",
+    ),
+    "an unknown tensor": ({}, lambda t: t.update(x=np.zeros(3)), "is not understood for a llama base: x"),
+    "a layer without": (
+        {},
+        lambda t: [t.pop(name) for name in [*t] if name.startswith(QUERY)],
+        "layers/attention/query has adapters in 2 of 3 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused(case, base, tmp_path):
+    values, change, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        jaxlm.load(base, adapter=edited(tmp_path, change, **values))
+
+
+def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="holds no adapter_config.json"):
+        jaxlm.load(base, adapter=tmp_path)
+
+
+def test_shared_matrices_have_no_adapters_in_peft():
+    shape = ModelConfig(vocab_size=40, layers=1, width=16, heads=2, compute="float32").complete()
+    known = peft.modules(families.BY_TYPE["phi3"], shape)
+    assert known["layers.0.attention.query"][0] == "" == known["layers.0.mlp.up"][0]
+    assert known["layers.0.mlp.down"] == ("model.layers.0.mlp.down_proj", True)

@@ -1,0 +1,208 @@
+"""Stages with adapters: only adapters learn, the base lies there once, and what is written is the merged model."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from stage_runs import Runner, arrays_of, assert_same_run, lines_of, pretrained, written
+
+from jaxlm.base import sharding
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.data.config import ChatSource
+from jaxlm.model.config import LoRAConfig
+from jaxlm.model.transformer import define_model
+from jaxlm.stages import sft
+from jaxlm.stages.config import SFTConfig
+from jaxlm.train import model_directory
+from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+
+SOUNDS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "owl": "hoo", "pig": "oink"}
+
+
+CONFIG = """
+from jaxlm.base.config import MeshConfig
+from jaxlm.data.config import ChatSource
+from jaxlm.model.config import LoRAConfig
+from jaxlm.stages.config import SFTConfig
+from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+
+def get_config():
+    return SFTConfig(
+        model=%(model)r,
+        sources=(
+            ChatSource(name="train", path=%(train)r),
+            ChatSource(name="heldout", path=%(heldout)r, split="heldout"),
+        ),
+        row_length=64,
+        batch_rows=8,
+        steps=12,
+        lora=LoRAConfig(rank=4, dora=True, dropout=0.2),
+        optimizer=OptimizerConfig(weight_decay=0.0, epsilon=1e-3, ema=0.9),
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=2),
+        mesh=MeshConfig(data=2, fsdp=-1),
+        loop=LoopConfig(log_every_steps=1, evaluate_every_steps=4, checkpoint=CheckpointConfig(every_steps=2)),
+    )
+"""
+ALONE = MeshConfig(data=1)
+DROPPED = LoRAConfig(rank=4, dora=True, dropout=0.25)
+
+
+@pytest.fixture(scope="module")
+def base(packed_rows, tmp_path_factory) -> str:
+    return pretrained(packed_rows, tmp_path_factory.mktemp("base"), steps=4, layers=2)
+
+
+@pytest.fixture
+def config(base, tmp_path) -> SFTConfig:
+    train = [{"prompt": f"{animal}?", "completion": sound} for animal, sound in SOUNDS.items()] * 10
+    return SFTConfig(
+        workdir=str(tmp_path / "sft"),
+        model=base,
+        sources=(
+            ChatSource(name="train", path=written(tmp_path / "train.jsonl", train)),
+            ChatSource(name="heldout", path=written(tmp_path / "heldout.jsonl", [train[2]]), split="heldout"),
+        ),
+        row_length=64,
+        batch_rows=8,
+        steps=3,
+        lora=LoRAConfig(rank=4),
+        optimizer=OptimizerConfig(weight_decay=0.0, epsilon=1e-3, ema=0.9),
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=1),
+        loop=LoopConfig(log_every_steps=1, evaluate_every_steps=3, checkpoint=CheckpointConfig(every_steps=2)),
+    )
+
+
+def params_of(folder):
+    found = model_directory.read(folder)
+    return found.load_params(define_model(found.config))
+
+
+def test_only_adapters_are_kept_and_the_model_is_the_merged_one(config, base):
+    sft.main(config)
+    lines = [line for line in lines_of(config.workdir) if "train/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    kept = arrays_of(config.workdir, 3)
+    params = {name: x for name, x in kept.items() if name.startswith("params/")}
+    assert all("_lora_" in name for name in params)
+    assert len(params) == 2 * 7  # A and B of seven matrices
+    assert not any(x.shape[-2:] in ((32, 32), (288, 32)) for x in kept.values()), "a moment of the base"
+    # The merged model, worked out from the average in the checkpoint.
+    before, after = params_of(f"{base}/model"), params_of(f"{config.workdir}/model")
+    for part, name in (("attention", "query"), ("mlp", "down")):
+        a, b = (kept[f"ema/stack/0/{part}/{name}_lora_{x}"] for x in "ab")
+        change = config.lora.scale * np.einsum("ldr,lrf->ldf", a, b)
+        assert np.abs(change).max() > 1e-4
+        np.testing.assert_allclose(
+            after["stack"]["0"][part][name], before["stack"]["0"][part][name] + change, atol=1e-6
+        )
+    for name in ("embedding", "head"):
+        np.testing.assert_array_equal(after[name], before[name])
+    np.testing.assert_array_equal(after["stack"]["0"]["mlp_norm"]["scale"], before["stack"]["0"]["mlp_norm"]["scale"])
+
+
+def test_a_checkpoint_goes_on_with_its_own_base_only(config, base, tmp_path, packed_rows):
+    sft.main(dataclasses.replace(config, loop=dataclasses.replace(config.loop, stop_at_step=2)))
+    other = pretrained(packed_rows, tmp_path / "other", steps=3, layers=2)
+    with pytest.raises(UserError, match="other"):
+        sft.main(dataclasses.replace(config, model=other))
+
+
+@pytest.fixture
+def program(config, base):
+    """(program, what it trains, mesh) on as many devices as the mesh has."""
+
+    def make(lora_config, mesh=ALONE, scan=True):
+        ready = dataclasses.replace(config, lora=lora_config, mesh=mesh)
+        made = sharding.make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor * mesh.data])
+        model = model_directory.read(f"{base}/model")
+        tuned = sft.tune(ready, made, model, scan)
+        return sft._build(ready, made, tuned), tuned, made
+
+    return make
+
+
+def rows(made):
+    draw = np.random.default_rng(0)
+    ids = draw.integers(1, 200, (8, 64)).astype(np.int32)
+    given = {"ids": ids, "segment_ids": np.ones_like(ids), "loss_mask": ids % 3 > 0}
+    given["positions"] = np.broadcast_to(np.arange(64, dtype=np.int32), ids.shape)
+    return sharding.global_batch(made, given, 8)
+
+
+def stepped(program, tuned, made, steps=2):
+    with jax.set_mesh(made):
+        state = program.initialize()
+        for _ in range(steps):
+            state, measured = program.step(state, rows(made) | program.base())
+    return state, measured
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig(rank=4), DROPPED], ids=["lora", "dora"])
+def test_eight_devices_are_one(program, kind):
+    one, measured = stepped(*program(kind))
+    eight, measured8 = stepped(*program(kind, MeshConfig(data=2, fsdp=2, tensor=2)))
+    for name in ("train/loss", "train/gradient_norm"):
+        np.testing.assert_allclose(measured8[name].value(), measured[name].value(), rtol=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, jax.device_get(eight.params), jax.device_get(one.params))
+
+
+def test_the_base_is_read_once_never_given_away_and_has_no_moments(program):
+    made, tuned, mesh = program(LoRAConfig(rank=4), MeshConfig(data=1, fsdp=2))
+    before = jax.tree.map(np.array, made.base()["base"])
+    state, _ = stepped(made, tuned, mesh, steps=3)
+    assert made.base()["base"] is tuned.base()["base"]
+    jax.tree.map(np.testing.assert_array_equal, made.base()["base"], before)
+    weights = sum(x.size for x in jax.tree.leaves(before))
+    adapters = sum(x.size for x in jax.tree.leaves(state.params))
+    stored = sum(x.size for x in jax.tree.leaves(made.abstract_state))
+    assert stored < 4 * adapters + 10 < weights  # adapters, two moments, average
+    with jax.set_mesh(mesh):
+        memory = made.step.lower(made.abstract_state, made.abstract_batch).compile().memory_analysis()
+    assert memory.output_size_in_bytes < 4 * weights, "the base is no output of the step"
+
+
+def test_no_gradient_of_the_base_is_computed(program):
+    def products(kind):
+        made, _, mesh = program(kind)
+        with jax.set_mesh(mesh):
+            return made.step.lower(made.abstract_state, made.abstract_batch).compile().cost_analysis()["flops"]
+
+    assert products(LoRAConfig(rank=1)) < 0.8 * products(None)
+
+
+def test_step_zero_is_the_base(program):
+    _, alone = stepped(*program(None), steps=1)
+    _, with_adapters = stepped(*program(LoRAConfig(rank=4)), steps=1)
+    assert with_adapters["train/loss"].value() == alone["train/loss"].value()
+
+
+def test_stacked_is_unrolled(program):
+    stacked, tuned, made = program(LoRAConfig(rank=4, dropout=0.5))
+    flat = program(LoRAConfig(rank=4, dropout=0.5), scan=False)
+    state, _ = stepped(stacked, tuned, made)
+    other, _ = stepped(*flat)
+    from jaxlm.model import layout
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, layout.unroll(state.params, tuned.config), other.params)
+
+
+def test_targets_are_checked_before_anything_is_read(config):
+    with pytest.raises(ConfigError, match="lora.targets: 'qeury' is no matrix"):
+        sft.main(dataclasses.replace(config, lora=LoRAConfig(targets=("qeury",))))
+
+
+@pytest.mark.slow
+def test_killed_is_never_killed(config, tmp_path):
+    train, heldout = (source.path for source in config.sources)
+    runner = Runner(tmp_path, "sft", CONFIG % {"model": config.model, "train": train, "heldout": heldout})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runner.run(whole)
+    runner.kill(killed, 3, seed=1, lines=(-2, 5))
+    runner.run(killed)
+    assert_same_run(killed, whole, 12, kinds=("params/", "optimizer/", "ema/", "step"))
+    for file in ("adapter/adapter_model.safetensors", "model/params/model-00001.safetensors"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()

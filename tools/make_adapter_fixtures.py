@@ -1,0 +1,68 @@
+"""Tiny adapters of Hugging Face's peft with the logits that it gives them: tests/hub/adapters.
+
+    python tools/make_adapter_fixtures.py                  # in an environment with torch, transformers and peft
+    python tools/make_adapter_fixtures.py check BASE DIR   # loads an adapter as a user would; prints logits' file
+
+Their base is tests/hub/fixtures/llama. A fixture is what `save_pretrained` writes, and expected.safetensors: rows
+of ids and their float32 logits. Every number of the adapters is random, B and DoRA's magnitudes too.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors.torch
+import torch
+import transformers
+
+BASE = Path(__file__).parent.parent / "tests/hub/fixtures/llama"
+FOLDER = Path(__file__).parent.parent / "tests/hub/adapters"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 5, "use_rslora": True, "target_modules": ["gate_proj", "o_proj"]},
+    "dora": {"r": 2, "lora_alpha": 6, "use_dora": True, "target_modules": ALL},
+}
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits.contiguous()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for name, config in CASES.items():
+        base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1, **config)).eval()
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "lora_magnitude" in key:
+                    value.mul_(1 + 0.3 * torch.rand_like(value))
+                elif "lora_" in key:
+                    value.copy_(torch.randn_like(value) * 0.2)
+        ids = torch.randint(3, 71, (2, 11))
+        model.save_pretrained(FOLDER / name)
+        (FOLDER / name / "README.md").unlink()
+        config_file = FOLDER / name / "adapter_config.json"
+        config_file.write_text(config_file.read_text().replace(str(BASE), "llama"))
+        expected = {"ids": ids.to(torch.int32), "logits": logits(model, ids)}
+        safetensors.torch.save_file(expected, FOLDER / name / "expected.safetensors")
+        with model.disable_adapter():
+            print(name, float((expected["logits"] - logits(model, ids)).abs().max()))
+
+
+def check(base: str, folder: str) -> None:
+    """Writes FOLDER/logits.safetensors: of FOLDER/ids.safetensors by peft."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, folder).eval()
+    ids = safetensors.torch.load_file(f"{folder}/ids.safetensors")["ids"].long()
+    safetensors.torch.save_file({"logits": logits(model, ids)}, f"{folder}/logits.safetensors")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["check"]:
+        check(*sys.argv[2:])
+    else:
+        main()
