@@ -76,18 +76,20 @@ def test_written_and_read_is_the_same(kind, base, tmp_path):
         np.testing.assert_array_equal(back[name], value)
 
 
-@pytest.mark.skipif(not PYTHON, reason="JAXLM_TRANSFORMERS_PYTHON names no Python with peft")
-def test_peft_reads_what_was_written(base, tmp_path):
-    for number, kind in enumerate((LoRAConfig(rank=3, rank_stabilised=True), LoRAConfig(rank=2, dora=True))):
-        directory = imported(base, tmp_path / f"run{number}")
-        trained, params = numbers(directory, kind)
-        folder = tmp_path / f"adapter{number}"
-        assert peft.write(folder, params, trained, directory, kind)
-        ids = np.arange(22, dtype=np.int32).reshape(2, 11) + 3
-        safetensors.numpy.save_file({"ids": ids}, folder / "ids.safetensors")
-        subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
-        expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
-        np.testing.assert_allclose(jaxlm.load(base, adapter=folder).logits(ids), expected, atol=1e-4)
+# Where JAXLM_TRANSFORMERS_PYTHON names a Python that has torch, transformers and peft.
+if PYTHON:
+
+    def test_peft_reads_what_was_written(base, tmp_path):
+        for number, kind in enumerate((LoRAConfig(rank=3, rank_stabilised=True), LoRAConfig(rank=2, dora=True))):
+            directory = imported(base, tmp_path / f"run{number}")
+            trained, params = numbers(directory, kind)
+            folder = tmp_path / f"adapter{number}"
+            assert peft.write(folder, params, trained, directory, kind)
+            ids = np.arange(22, dtype=np.int32).reshape(2, 11) + 3
+            safetensors.numpy.save_file({"ids": ids}, folder / "ids.safetensors")
+            subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
+            expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
+            np.testing.assert_allclose(jaxlm.load(base, adapter=folder).logits(ids), expected, atol=1e-4)
 
 
 def edited(tmp_path, change=None, **values):
