@@ -181,7 +181,7 @@ def test_no_gradient_of_the_base_is_computed(program):
     assert products(LoRAConfig(rank=1)) < 0.8 * products(None)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_step_zero_is_the_base(program, compute):
     """Also where the base lies in bfloat16: its products are taken in that anyway."""
     _, alone = stepped(*program(None, compute=compute), steps=1)
@@ -192,6 +192,7 @@ def test_step_zero_is_the_base(program, compute):
     assert with_adapters["train/loss"].value() == alone["train/loss"].value()
 
 
+@pytest.mark.slow
 def test_stacked_is_unrolled(program):
     stacked, tuned, made = program(LoRAConfig(rank=4, dropout=0.5))
     flat = program(LoRAConfig(rank=4, dropout=0.5), scan=False)
