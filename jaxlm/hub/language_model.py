@@ -26,7 +26,7 @@ from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
 from jaxlm.base.sharding import constrain
-from jaxlm.hub import families, hugging_face, peft
+from jaxlm.hub import hugging_face, peft
 from jaxlm.hub.find import find_model, is_hugging_face
 from jaxlm.hub.generation import Generation
 from jaxlm.model.config import ModelConfig, adapted
@@ -83,8 +83,8 @@ def load(
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
     if adapter is not None:
-        family = directory.family if isinstance(directory, hugging_face.HuggingFaceDirectory) else None
-        read = peft.read(adapter, family or families.find(directory.config)[0], directory.config)
+        theirs = isinstance(directory, hugging_face.HuggingFaceDirectory)
+        read = peft.read(adapter, directory.family if theirs else peft.family_of(directory), directory.config)
         config, params = adapted(config, read.lora), joined(params, read.params())
         place = for_inference(config)[1].shardings(mesh) if mesh else None
         params = jax.device_put(params, place)

@@ -83,6 +83,12 @@ class Merged:
         return whole
 
 
+def family_of(base: model_directory.ModelDirectory) -> Family:
+    """The family a model was imported as, else the first that has such models. Raises UserError where none has."""
+    origin = base.manifest.facts.get("hugging_face") or {}
+    return families.find(base.config, origin.get("model_type", ""))[0]
+
+
 def modules(family: Family, config: ModelConfig) -> dict[str, tuple[str, bool]]:
     """Our name of a matrix of the layers → (their module, whether it lies there turned); "" where it shares one."""
     shapes = {name for _, w in for_inference(config)[1] for name, _ in model_directory.tensor_shapes(w) if w.matrix}
@@ -178,7 +184,7 @@ def write(
     False, and a line in the log with the reason, where no family of peft's bases can say it.
     """
     try:
-        family = families.find(base.config, (base.manifest.facts.get("hugging_face") or {}).get("model_type", ""))[0]
+        family = family_of(base)
         theirs = _theirs(family, params, trained, base.config)
     except UserError as error:
         logger.info("%s is not written, model/ has all of it: %s", folder, error)

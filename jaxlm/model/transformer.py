@@ -100,7 +100,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Embedding, blocks, final norm; then the output head, or the scalar heads of a reward model."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, matrix_dtype: Any = jnp.float32):
         V, D, L, P = config.vocab_size, config.width, config.layers, len(config.pattern)
         C = len(config.criteria)
         # A tied table is also the head: at D^-1/2 the first logits have unit variance.
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
                 }
             )
             self.tail = nnx.Dict({str(i): self._block(config, i) for i in range(whole, L)})
-            self.group = tuple(define(Block(config, kind), config.compute) for kind in config.pattern)
+            self.group = tuple(define(Block(config, kind), config.compute, matrix_dtype) for kind in config.pattern)
         else:
             self.layers = nnx.Dict({str(i): self._block(config, i) for i in range(L)})
         self.final_norm = make_norm(config)
@@ -219,7 +219,7 @@ class Transformer(nnx.Module):
 
 def define_model(config: ModelConfig, matrix_dtype: Any = jnp.float32) -> Definition:
     """The definition of a complete config (`ModelConfig.complete`)."""
-    return define(Transformer(config), config.compute, matrix_dtype)
+    return define(Transformer(config, matrix_dtype), config.compute, matrix_dtype)
 
 
 def for_inference(config: ModelConfig) -> tuple[ModelConfig, Definition]:

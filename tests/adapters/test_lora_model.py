@@ -54,7 +54,7 @@ def moved(definition, base):
     return jax.tree_util.tree_map_with_path(noise, params)
 
 
-@pytest.fixture(params=[*KINDS])
+@pytest.fixture(params=["lora", "dora", pytest.param("stabilised", marks=pytest.mark.slow)])
 def made(request):
     config = KINDS[request.param]
     definition = define_model(adapted(SHAPE, config))

@@ -1,5 +1,6 @@
 """Adapters of Hugging Face's peft, in and out: its logits, from stored fixtures (tools/make_adapter_fixtures.py)."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -91,6 +92,18 @@ if PYTHON:
             subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
             expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
             np.testing.assert_allclose(jaxlm.load(base, adapter=folder).logits(ids), expected, atol=1e-4)
+
+
+def test_the_tool_merges_into_a_model_directory_of_ours(base, tmp_path):
+    spec = importlib.util.spec_from_file_location("merge_adapter", TOOL.parent / "merge_adapter.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    imported(base, tmp_path / "run")
+    given = [str(tmp_path / "run"), str(ADAPTERS / "dora"), str(tmp_path / "merged")]
+    assert tool.main(given) == 0
+    expected = safetensors.numpy.load_file(ADAPTERS / "dora/expected.safetensors")
+    np.testing.assert_allclose(jaxlm.load(given[2]).logits(expected["ids"]), expected["logits"], atol=1e-4)
+    assert tool.main(given) == 2, "nothing is overwritten"
 
 
 def edited(tmp_path, change=None, **values):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from stage_runs import Runner, arrays_of, assert_same_run, lines_of, pretrained, written
 
+import jaxlm
 from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, UserError
@@ -97,11 +98,15 @@ def test_only_adapters_are_kept_and_the_model_is_the_merged_one(config, base):
         np.testing.assert_allclose(
             after["stack"]["0"][part][name], before["stack"]["0"][part][name] + change, atol=1e-6
         )
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+    beside = jaxlm.load(base, adapter=f"{config.workdir}/adapter")
+    np.testing.assert_allclose(beside.logits(ids), jaxlm.load(config.workdir).logits(ids), atol=1e-5)
     for name in ("embedding", "head"):
         np.testing.assert_array_equal(after[name], before[name])
     np.testing.assert_array_equal(after["stack"]["0"]["mlp_norm"]["scale"], before["stack"]["0"]["mlp_norm"]["scale"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_its_own_base_only(config, base, tmp_path, packed_rows):
     sft.main(dataclasses.replace(config, loop=dataclasses.replace(config.loop, stop_at_step=2)))
     other = pretrained(packed_rows, tmp_path / "other", steps=3, layers=2)
@@ -113,10 +118,11 @@ def test_a_checkpoint_goes_on_with_its_own_base_only(config, base, tmp_path, pac
 def program(config, base):
     """(program, what it trains, mesh) on as many devices as the mesh has."""
 
-    def make(lora_config, mesh=ALONE, scan=True):
+    def make(lora_config, mesh=ALONE, scan=True, compute="float32"):
         ready = dataclasses.replace(config, lora=lora_config, mesh=mesh)
         made = sharding.make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor * mesh.data])
         model = model_directory.read(f"{base}/model")
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, compute=compute))
         tuned = sft.tune(ready, made, model, scan)
         return sft._build(ready, made, tuned), tuned, made
 
@@ -139,7 +145,9 @@ def stepped(program, tuned, made, steps=2):
     return state, measured
 
 
-@pytest.mark.parametrize("kind", [LoRAConfig(rank=4), DROPPED], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(LoRAConfig(rank=4), marks=pytest.mark.slow), DROPPED], ids=["lora", "dora"]
+)
 def test_eight_devices_are_one(program, kind):
     one, measured = stepped(*program(kind))
     eight, measured8 = stepped(*program(kind, MeshConfig(data=2, fsdp=2, tensor=2)))
@@ -173,12 +181,18 @@ def test_no_gradient_of_the_base_is_computed(program):
     assert products(LoRAConfig(rank=1)) < 0.8 * products(None)
 
 
-def test_step_zero_is_the_base(program):
-    _, alone = stepped(*program(None), steps=1)
-    _, with_adapters = stepped(*program(LoRAConfig(rank=4)), steps=1)
+@pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_step_zero_is_the_base(program, compute):
+    """Also where the base lies in bfloat16: its products are taken in that anyway."""
+    _, alone = stepped(*program(None, compute=compute), steps=1)
+    made, tuned, mesh = program(LoRAConfig(rank=4), compute=compute)
+    assert {str(x.dtype) for x in jax.tree.leaves(made.abstract_batch["base"])} == {"float32", compute}
+    assert {str(x.dtype) for x in jax.tree.leaves(made.abstract_state.params)} == {"float32"}
+    _, with_adapters = stepped(made, tuned, mesh, steps=1)
     assert with_adapters["train/loss"].value() == alone["train/loss"].value()
 
 
+@pytest.mark.slow
 def test_stacked_is_unrolled(program):
     stacked, tuned, made = program(LoRAConfig(rank=4, dropout=0.5))
     flat = program(LoRAConfig(rank=4, dropout=0.5), scan=False)

@@ -222,6 +222,7 @@ def test_what_cannot_be_is_refused(config, base, tmp_path):
         dataclasses.replace(config, criteria=())
 
 
+@pytest.mark.slow
 def test_adapters_learn_beside_new_heads(config, base):
     config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dropout=0.1), steps=2)
     reward.main(config)

@@ -726,7 +726,8 @@ def test_two_processes_stop_and_go_on(runner, never_stopped):
                 assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (name, one["step"])
 
 
-@pytest.mark.parametrize("method", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, monkeypatch):
     config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dora=method == "grpo"), steps=2)
     config = config if method == "ppo" else with_grpo(config)

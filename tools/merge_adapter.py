@@ -1,0 +1,60 @@
+"""A model directory and an adapter of peft's → the merged model directory.
+
+    python tools/merge_adapter.py runs/base/model runs/tuned/adapter merged
+
+The base is a model directory or a run's folder; of a Hugging Face directory, `python -m jaxlm import --adapter=DIR`
+does the same. Stages that train adapters have written their merged model already.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+from etils import epath
+
+from jaxlm.adapters import weights
+from jaxlm.base import files
+from jaxlm.base.errors import JaxlmError, UserError
+from jaxlm.hub import peft
+from jaxlm.hub.find import find_model
+from jaxlm.model import layout
+from jaxlm.model.lora import joined
+from jaxlm.model.transformer import define_model
+from jaxlm.train import model_directory
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        merge(*arguments)
+    except JaxlmError as error:
+        print(f"merge_adapter: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def merge(model: str, adapter: str, output: str) -> None:
+    """Writes the directory; a verdict of the gate on the base is not one on the result, and is left out."""
+    base = model_directory.read(find_model(model))
+    if epath.Path(output).exists():
+        raise UserError(f"{output}: is there already; give a new folder")
+    read = peft.read(adapter, peft.family_of(base), base.config)
+    params = base.load_params(define_model(dataclasses.replace(base.config, scan_layers=False)))
+    whole = jax.jit(functools.partial(weights.merged, config=read.lora))(joined(params, read.params()))
+    model_directory.write(
+        output,
+        layout.stack(whole, base.config) if base.config.scan_layers else whole,
+        base.config,
+        base.folder,
+        inputs={str(base.folder): base.manifest.hash, adapter: files.sha256(f"{adapter}/{peft.TENSORS}")},
+        config={},
+        facts={name: value for name, value in base.manifest.facts.items() if name in ("row_length", "hugging_face")},
+        chat_template=base.chat_template(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
