@@ -117,7 +117,7 @@ def canonical(path: tuple[str, ...]) -> str:
     'layers/attention/query'
     """
     words = [part for part in path if not part.isdigit()]
-    return "/".join(["layers" if words[0] in ("stack", "tail") else words[0], *words[1:]])
+    return "/".join(["layers" if words[0] in ("lead", "stack", "tail") else words[0], *words[1:]])
 
 
 def define(module: nnx.Module, compute: Compute, matrix_dtype: Any = jnp.float32) -> Definition:
@@ -128,7 +128,8 @@ def define(module: nnx.Module, compute: Compute, matrix_dtype: Any = jnp.float32
         meta = declared.get_metadata()
         names = tuple(str(part) for part in path)
         abstract = declared.get_value()
-        large = meta["matrix"] or "vocab" in meta["axes"]
+        # A router's rounding would send tokens elsewhere.
+        large = (meta["matrix"] and "routes" not in meta["axes"]) or "vocab" in meta["axes"]
         weights.append(
             (
                 names,

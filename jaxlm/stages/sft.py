@@ -31,6 +31,7 @@ from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
 from jaxlm.replay.blackbox import BlackBox
+from jaxlm.routing import balance
 from jaxlm.stages.config import SFTConfig
 from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
@@ -96,16 +97,19 @@ def train_step(
     # Every target of the global batch counts alike, in a long answer as in a short one.
     targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
+    load = balance.loads(state.params, batch, config.accumulate, definition, config.routing)
 
-    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
         sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
-        return sums.loss / count, losses.as_metrics(sums)
+        return sums.loss / count + balance.penalty(sums.routing, load, batch, config.routing), sums
 
-    (loss, measured), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
+    (loss, sums), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
     good = jnp.isfinite(loss) & (targets > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
-    return state, measured | norms
+    rule = (optimizer, config.optimizer, definition)
+    also = lambda params: balance.balanced(params, sums.routing, definition, config.routing.bias_rate)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, *rule, also)
+    return state, losses.as_metrics(sums) | balance.as_metrics(sums.routing) | norms
 
 
 def build(config: SFTConfig, mesh: Mesh) -> Program:
