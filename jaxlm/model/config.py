@@ -155,7 +155,7 @@ class ModelConfig:
     scan_layers: bool = True
     """One compiled layer run L times over stacked weights; off: L layers, slower to compile."""
     attention: Literal["auto", "plain", "splash"] = "auto"
-    """Attention's code: splash is the TPU kernel; auto takes it on TPU."""
+    """Attention's code: splash is the TPU kernel; auto takes it on TPU, but for attention_sinks."""
     criteria: tuple[str, ...] = ()
     """Names of scalar heads in place of the output head: a reward model; empty: a language model."""
 
@@ -196,7 +196,7 @@ class ModelConfig:
             kv_heads=self.kv_heads or self.heads,
             head_size=self.head_size or self.width // self.heads,
             feed_forward=(wide := self.feed_forward or -(-8 * self.width // (3 * 128)) * 128),
-            experts=dataclasses.replace(self.experts, feed_forward=self.experts.feed_forward or wide),
+            experts=dataclasses.replace(e, feed_forward=e.feed_forward or wide) if (e := self.experts).count else e,
         )
 
     def kind(self, layer: int) -> Attention:
