@@ -23,6 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 FOLDER = Path(__file__).parent.parent / "tests/hub/fixtures"
 LENGTHS = (26, 17)
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # torch's grouped product wants even sizes
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -43,6 +44,8 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 ODD = {"head_dim": 10, "num_key_value_heads": 1, "num_hidden_layers": 2}
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5}
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 GPT2: dict[str, Any] = {"vocab_size": 71, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -115,6 +118,38 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SMALL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
         "float32",
     ),
+    "mixtral": ("mixtral", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}, "bfloat16"),
+    "mixtral-windows": (
+        "mixtral",
+        SMALL | ODD | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, "intermediate_size": 7},
+        "float32",
+    ),
+    "qwen3-moe": ("qwen3_moe", SMALL | ODD | QWEN_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2}, "bfloat16"),
+    "qwen3-moe-dense": (
+        "qwen3_moe",
+        SMALL
+        | QWEN_MOE
+        | {"head_dim": 8, "mlp_only_layers": [0], "attention_bias": True, "tie_word_embeddings": True}
+        | {"use_sliding_window": True, "sliding_window": 6},
+        "float32",
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        SMALL
+        | {"head_dim": 8, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"rope_parameters": YARN | {"rope_theta": 500.0, "truncate": False, "factor": 8.0}},
+        "float32",
+    ),
+    "gpt-oss-odd": (
+        "gpt_oss",
+        SMALL
+        | ODD
+        | {"num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 7, "sliding_window": 3}
+        | {"attention_bias": False, "layer_types": ["full_attention", "sliding_attention"]}
+        | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+        "bfloat16",
+    ),
+    "llama-yarn": ("llama", SMALL | ODD | {"rope_parameters": YARN | {"rope_theta": 500.0, "factor": 8.0}}, "float32"),
     "gpt2": ("gpt2", GPT2, "float32"),
     "gpt2-untied": ("gpt2", GPT2 | {"n_inner": 20, "tie_word_embeddings": False}, "bfloat16"),
     "pythia": ("gpt_neox", NEOX | {"hidden_size": 32, "rotary_pct": 0.25, "num_hidden_layers": 2}, "float16"),
@@ -125,6 +160,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "reward-llama": ("llama", SMALL | {"num_labels": 1}, "float32"),
     "reward-qwen3": ("qwen3", SMALL | ODD | {"num_labels": 1}, "bfloat16"),
+    "reward-mixtral": (
+        "mixtral",
+        SMALL | {"num_labels": 1, "num_local_experts": 3, "num_experts_per_tok": 2},
+        "float32",
+    ),
     "reward-gpt2": ("gpt2", GPT2 | {"num_labels": 1}, "float32"),
 }
 SHARDED = ("qwen2-windows",)
@@ -133,7 +173,7 @@ SHARDED = ("qwen2-windows",)
 def make(name: str) -> None:
     model_type, values, dtype = CASES[name]
     torch.manual_seed(sum(name.encode()))
-    config = transformers.AutoConfig.for_model(model_type, **values, attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(model_type, **values, **EAGER)
     reward = "num_labels" in values
     kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
     model = kind.from_config(config).eval()
@@ -220,7 +260,7 @@ def check(folder: str, rows: list[list[int]]) -> dict[str, Any]:
     values = json.loads((Path(folder) / "config.json").read_text())
     reward = values["architectures"][0].endswith("ForSequenceClassification")
     kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
-    wanted: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "attn_implementation": "eager"}
+    wanted: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True} | EAGER
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, info = kind.from_pretrained(folder, **wanted)

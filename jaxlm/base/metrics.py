@@ -14,6 +14,11 @@ import jax.numpy as jnp
 NAMES = {
     "train/loss": "cross-entropy over the global batch, nats per counted token",
     "train/z_loss": "squared log-normaliser, per counted token, before its coefficient",
+    "train/balance_loss": "load-balancing loss of the experts, mean over layers; 1: all are chosen alike",
+    "train/router_z_loss": "squared log-normaliser of routers' logits, a real token and layer, before its coefficient",
+    "train/expert_load": "tokens of the most chosen expert over the mean, mean over layers",
+    "train/least_expert_load": "the same of the least chosen one",
+    "train/dropped_tokens": "share of choices that found their expert full (model.experts.capacity)",
     "train/accuracy": "share of counted tokens whose most likely prediction is right",
     "train/gradient_norm": "global norm of the gradient before clipping",
     "train/gradient_norm/embedding": "the same of the embedding alone",

@@ -155,7 +155,7 @@ def _write_tensors(directory: ModelDirectory, tensors: list[Tensor], types: Any,
 
 def _made(tensors: list[Tensor], stored: Mapping[str, Any], types: Any) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in tensors:
-        whole = hugging_face.join(tensor, [stored[name][:] for name, _ in tensor.parts])
+        whole = hugging_face.join(tensor, [tensor.of(stored[name]) for name, _ in tensor.parts])
         with np.errstate(over="ignore"):
             made = np.ascontiguousarray(whole.astype(TYPES[types(tensor.name)]))
         if not np.isfinite(made.astype(np.float32)).all():

@@ -1,4 +1,4 @@
-"""Families of dense decoders as Hugging Face's transformers names them: each a table of weights, and one of fields.
+"""Families of decoders as Hugging Face's transformers names them: each a table of weights, and one of fields.
 
 What a class computes and what its fields default to is read off transformers 5.23, models/*/configuration_*.py and
 modeling_*.py. A key of config.json that is neither in its family's table nor among those of `INERT`, which change
@@ -7,7 +7,7 @@ nothing of what the model computes, is refused. `find` says which family can say
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxlm.base.errors import ConfigError, UserError, nearest
 from jaxlm.hub.fields import (
@@ -18,124 +18,19 @@ from jaxlm.hub.fields import (
     alternating,
     biases,
     gemma3_layers,
-    gemma3_rope,
     gemma_query,
-    neox_rope,
-    partial_rope,
     qwen_layers,
     renamed,
-    rope,
     smollm3_layers,
     soft_caps,
     windowed,
 )
+from jaxlm.hub.mixtures import every_layer, qwen_moe
+from jaxlm.hub.rope import gemma3_rope, gpt_oss_rope, neox_rope, phi3_rope, rope
+from jaxlm.hub.rules import AFTER, BOTH, ENDS, GPT2, GPT_OSS, LLAMA, MIXTRAL, NEOX, PHI3, PRODUCTS, QWEN_MOE, Rule
 from jaxlm.model.config import ModelConfig
 
 CAUSAL, REWARD = "ForCausalLM", "ForSequenceClassification"
-
-
-class Rule(NamedTuple):
-    """One tensor of theirs, and what it is here: `{}` stands for the layer.
-
-    Several of ours lie in it one after the other along the axis of outputs, or, with `by_head`, so within each head.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    turned: bool = False
-    """Theirs is [out, in], as a torch Linear's; ours is [in, out]."""
-    by_head: bool = False
-
-
-def linear(theirs: str, *ours: str, turned: bool = True, by_head: bool = False) -> tuple[Rule, Rule]:
-    """A matrix and its bias, which a model may lack."""
-    return (
-        Rule(f"{theirs}.weight", ours, turned, by_head),
-        Rule(f"{theirs}.bias", tuple(f"{name}_bias" for name in ours), False, by_head),
-    )
-
-
-def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", (f"{ours}.scale",)), Rule(f"{theirs}.bias", (f"{ours}.bias",))
-
-
-LAYER = "model.layers.{}"
-ENDS = (
-    Rule("model.embed_tokens.weight", ("embedding",)),
-    *norm("model.norm", "final_norm"),
-    Rule("lm_head.weight", ("head",), turned=True),
-    Rule("score.weight", ("score",), turned=True),
-)
-DOWN = linear(f"{LAYER}.mlp.down_proj", "layers.{}.mlp.down")
-OUTPUT = linear(f"{LAYER}.self_attn.o_proj", "layers.{}.attention.output")
-PRODUCTS = (
-    *linear(f"{LAYER}.self_attn.q_proj", "layers.{}.attention.query"),
-    *linear(f"{LAYER}.self_attn.k_proj", "layers.{}.attention.key"),
-    *linear(f"{LAYER}.self_attn.v_proj", "layers.{}.attention.value"),
-    *OUTPUT,
-    *linear(f"{LAYER}.mlp.gate_proj", "layers.{}.mlp.gate"),
-    *linear(f"{LAYER}.mlp.up_proj", "layers.{}.mlp.up"),
-    *DOWN,
-    *norm(f"{LAYER}.self_attn.q_norm", "layers.{}.attention.query_norm"),
-    *norm(f"{LAYER}.self_attn.k_norm", "layers.{}.attention.key_norm"),
-)
-BEFORE = (
-    *norm(f"{LAYER}.input_layernorm", "layers.{}.attention_norm"),
-    *norm(f"{LAYER}.post_attention_layernorm", "layers.{}.mlp_norm"),
-)
-AFTER = (
-    *norm(f"{LAYER}.post_attention_layernorm", "layers.{}.attention_post_norm"),
-    *norm(f"{LAYER}.post_feedforward_layernorm", "layers.{}.mlp_post_norm"),
-)
-BOTH = (
-    *norm(f"{LAYER}.input_layernorm", "layers.{}.attention_norm"),
-    *norm(f"{LAYER}.pre_feedforward_layernorm", "layers.{}.mlp_norm"),
-    *AFTER,
-)
-LLAMA = (*ENDS, *BEFORE, *PRODUCTS)
-PHI3 = (
-    *ENDS,
-    *BEFORE,
-    *linear(f"{LAYER}.self_attn.qkv_proj", *(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value"))),
-    *OUTPUT,
-    *linear(f"{LAYER}.mlp.gate_up_proj", "layers.{}.mlp.gate", "layers.{}.mlp.up"),
-    *DOWN,
-)
-GPT2_LAYER = "transformer.h.{}"
-GPT2 = (  # its Conv1D holds [in, out], as ours
-    Rule("transformer.wte.weight", ("embedding",)),
-    Rule("transformer.wpe.weight", ("positions",)),
-    *norm("transformer.ln_f", "final_norm"),
-    Rule("lm_head.weight", ("head",), turned=True),
-    Rule("score.weight", ("score",), turned=True),
-    *norm(f"{GPT2_LAYER}.ln_1", "layers.{}.attention_norm"),
-    *norm(f"{GPT2_LAYER}.ln_2", "layers.{}.mlp_norm"),
-    *linear(
-        f"{GPT2_LAYER}.attn.c_attn",
-        *(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value")),
-        turned=False,
-    ),
-    *linear(f"{GPT2_LAYER}.attn.c_proj", "layers.{}.attention.output", turned=False),
-    *linear(f"{GPT2_LAYER}.mlp.c_fc", "layers.{}.mlp.up", turned=False),
-    *linear(f"{GPT2_LAYER}.mlp.c_proj", "layers.{}.mlp.down", turned=False),
-)
-NEOX_LAYER = "gpt_neox.layers.{}"
-NEOX = (
-    Rule("gpt_neox.embed_in.weight", ("embedding",)),
-    *norm("gpt_neox.final_layer_norm", "final_norm"),
-    Rule("embed_out.weight", ("head",), turned=True),
-    Rule("score.weight", ("score",), turned=True),
-    *norm(f"{NEOX_LAYER}.input_layernorm", "layers.{}.attention_norm"),
-    *norm(f"{NEOX_LAYER}.post_attention_layernorm", "layers.{}.mlp_norm"),
-    *linear(
-        f"{NEOX_LAYER}.attention.query_key_value",
-        *(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value")),
-        by_head=True,
-    ),
-    *linear(f"{NEOX_LAYER}.attention.dense", "layers.{}.attention.output"),
-    *linear(f"{NEOX_LAYER}.mlp.dense_h_to_4h", "layers.{}.mlp.up"),
-    *linear(f"{NEOX_LAYER}.mlp.dense_4h_to_h", "layers.{}.mlp.down"),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,8 +70,11 @@ class Family:
                 f"{where}: architectures: {', '.join(classes)} is not understood; {' and '.join(self.classes())} are"
             )
         made: dict[str, Any] = dict(self.fixed)
-        for part in self.parts:
-            made |= part.read(reader, made)
+        try:
+            for part in self.parts:
+                made |= part.read(reader, made)
+        except ConfigError as error:
+            raise UserError(f"{where}: gives a model whose {error}") from None
         if classes[0] == self.classes()[1]:
             labels = reader.take("id2label") or {"0": "LABEL_0"}
             names = [str(labels[key]) for key in sorted(labels, key=int)]
@@ -225,6 +123,8 @@ GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True, "hidden_activati
 GEMMA_ONLY = {"use_bidirectional_attention": False}
 LAYER_NORM: dict[str, Any] = {"norm": "layer", "gated_mlp": False}
 ROPE_ONLY = {"partial_rotary_factor": 1.0}
+GPT_OSS_YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+GPT_OSS_YARN |= {"original_max_position_embeddings": 4096}
 
 FAMILIES = (
     Family(
@@ -311,9 +211,42 @@ FAMILIES = (
         model_type="phi3",
         name="Phi3",
         rules=PHI3,
-        parts=(SHAPE, SILU, partial_rope, windowed),
+        parts=(SHAPE, SILU, phi3_rope, windowed),
         defaults={"rms_norm_eps": 1e-5},
         only={"attention_bias": False},
+    ),
+    Family(
+        model_type="mixtral",
+        name="Mixtral",
+        rules=MIXTRAL,
+        parts=(SHAPE, SILU, rope(), windowed, every_layer),
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+        only=ROPE_ONLY,
+    ),
+    Family(
+        model_type="qwen3_moe",
+        name="Qwen3Moe",
+        rules=QWEN_MOE,
+        parts=(SHAPE, SILU, ATTENTION_BIAS, rope(), qwen_moe),
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096},
+        fixed={"qk_norm": True},
+        only=ROPE_ONLY,
+    ),
+    Family(
+        model_type="gpt_oss",
+        name="GptOss",
+        rules=GPT_OSS,
+        parts=(
+            SHAPE,
+            biases(("mlp", "router"), attention_bias=("qkv", "output")),
+            gpt_oss_rope,
+            alternating,
+            every_layer,
+        ),
+        defaults={"num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 150_000.0}
+        | {"attention_bias": True, "sliding_window": 128, "rope_parameters": GPT_OSS_YARN},
+        fixed={"activation": "clamped", "attention_sinks": True},
+        only={"hidden_act": "silu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0} | ROPE_ONLY,
     ),
     Family(
         model_type="gpt2",

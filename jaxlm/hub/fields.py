@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxlm.base.errors import UserError
-from jaxlm.model.config import ModelConfig, RopeScaling
+from jaxlm.model.config import ModelConfig
 
 # What changes nothing of the mathematics: names and versions, training's dropout and initialisation, generation,
 # the classes' heads for other tasks, caches. The tokens named here are read with the tokenizer.
@@ -23,6 +23,7 @@ INERT = frozenset(
     do_sample temperature top_k top_p typical_p repetition_penalty length_penalty max_length min_length num_beams
     num_return_sequences early_stopping no_repeat_ngram_size bad_words_ids suppress_tokens output_scores
     score_bias
+    output_router_logits router_aux_loss_coef router_jitter_noise experts_per_token initial_context_length
     """.split()
 )
 # What config.json may leave out, and what it stands for then; a family's own come before these.
@@ -54,6 +55,11 @@ DEFAULTS: dict[str, Any] = {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
     "id2label": None,
+    "num_experts": None,
+    "num_local_experts": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu": "gelu_exact"}
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
@@ -96,6 +102,12 @@ class Reader:
             raise UserError(f"{self.where}: {key} is {found!r}; only {value!r} is understood here")
 
     def refuse_the_rest(self, family: str) -> None:
+        if quantized := self.values.get("quantization_config"):
+            method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
+            raise UserError(
+                f"{self.where}: quantization_config not understood: weights in {method} are not read; load the model "
+                "with transformers, dequantized, and save it in bfloat16"
+            )
         unknown = [key for key, value in self.values.items() if value is not None and key not in self.taken | INERT]
         for key in ("is_encoder_decoder", "pruned_heads"):  # of every class; nothing in them is the normal case
             if key in unknown and not self.values[key]:
@@ -150,97 +162,9 @@ def biases(always: Sequence[str] = (), **by_key: Sequence[str]) -> Part:
 
     def read(reader: Reader, made: Made) -> dict[str, Any]:
         found = [name for key, names in by_key.items() if reader.take(key, bool) for name in names]
-        return {"biases": tuple(name for name in ("qkv", "output", "mlp") if name in (*found, *always))}
+        return {"biases": tuple(name for name in ("qkv", "output", "mlp", "router") if name in (*found, *always))}
 
     return Part(read, lambda config: {key: set(names) <= set(config.biases) for key, names in by_key.items()})
-
-
-def scaling(values: Mapping[str, Any], where: str) -> RopeScaling:
-    """The RopeScaling of a rope_scaling or rope_parameters object, its base and share apart."""
-    kind = values.get("rope_type", values.get("type", "default"))
-    fields = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_frequency",
-            "high_freq_factor": "high_frequency",
-            "original_max_position_embeddings": "trained_positions",
-        },
-    }
-    if kind not in fields:
-        raise UserError(f"{where}: the RoPE type {kind!r} is not understood; {', '.join(fields)} are")
-    given = {key: value for key, value in values.items() if key not in ("rope_type", "type", "rope_theta")}
-    given.pop("partial_rotary_factor", None)
-    if wrong := given.keys() ^ fields[kind].keys():
-        state = "is missing" if min(wrong) in fields[kind] else "is not understood"
-        raise UserError(f"{where}: the RoPE type {kind}: {min(wrong)} {state}")
-    made = {ours: given[theirs] for theirs, ours in fields[kind].items()}
-    for name, value in made.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{where}: the RoPE type {kind}: {name} is {value!r}, which is no number")
-    made = {name: int(value) if name == "trained_positions" else float(value) for name, value in made.items()}
-    return RopeScaling(kind="none" if kind == "default" else kind, **made)  # type: ignore[arg-type]
-
-
-def scaling_values(scaling: RopeScaling) -> dict[str, Any] | None:
-    if scaling.kind == "none":
-        return None
-    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        values |= {"low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency}
-        values |= {"original_max_position_embeddings": scaling.trained_positions}
-    return values
-
-
-def rope(theta: str = "rope_theta", share: str = "") -> Part:
-    """Base, scaling, and under the key `share` the part of a head that is turned; as versions 4 and 5 write them."""
-
-    def read(reader: Reader, made: Made) -> dict[str, Any]:
-        base, part = reader.take(theta, (int, float)), reader.take(share, (int, float)) if share else None
-        old, new = reader.take("rope_scaling", dict), reader.take("rope_parameters", dict)
-        values = old or new or {}
-        base, part = values.get("rope_theta", base), values.get("partial_rotary_factor", part)
-        if part not in (None, 1.0) and not share:
-            raise UserError(f"{reader.where}: partial_rotary_factor is {part}; only 1 is understood here")
-        head = made.get("head_size") or made["width"] // made["heads"]
-        size = int(head * part) if part not in (None, 1.0) else 0
-        return {"rope_base": float(base), "rope_size": size, "rope_scaling": scaling(values, reader.where)}
-
-    def write(config: ModelConfig) -> dict[str, Any]:
-        values = {theta: config.rope_base, "rope_scaling": scaling_values(config.rope_scaling)}
-        return values | ({share: (config.rope_size or config.head_size) / config.head_size} if share else {})
-
-    return Part(read, write)
-
-
-partial_rope = rope(share="partial_rotary_factor")
-neox_rope = rope("rotary_emb_base", "rotary_pct")
-
-
-def _read_gemma3_rope(reader: Reader, made: Made) -> dict[str, Any]:
-    base, local = reader.take("rope_theta", (int, float)), reader.take("rope_local_base_freq", (int, float))
-    old, new = reader.take("rope_scaling", dict) or {}, reader.take("rope_parameters", dict) or {}
-    if unknown := new.keys() - NAMES.values():
-        raise UserError(f"{reader.where}: rope_parameters: {min(unknown)} is not understood; {', '.join(KINDS)} are")
-    whole, near = (new.get("full_attention") or {}) | old, new.get("sliding_attention") or {}
-    if scaling(near, reader.where).kind != "none":
-        raise UserError(f"{reader.where}: rope_parameters: a scaling of sliding_attention is not understood")
-    return {
-        "rope_base": float(whole.get("rope_theta", base)),
-        "rope_base_local": float(near.get("rope_theta", local)),
-        "rope_scaling": scaling(whole, reader.where),
-    }
-
-
-gemma3_rope = Part(
-    _read_gemma3_rope,
-    lambda config: {
-        "rope_theta": config.rope_base,
-        "rope_local_base_freq": config.rope_base_local or config.rope_base,
-        "rope_scaling": scaling_values(config.rope_scaling),
-    },
-)
 
 
 def repeating(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -371,6 +295,12 @@ def plain(config: ModelConfig) -> dict[str, Any]:
         values[field] = values[field] if turned else None
     values["rope_size"] = (config.rope_size or config.head_size) if turned else 0
     values["rope_base_local"] = (config.rope_base_local or config.rope_base) if near else 0.0
+    sparse = [config.has_experts(layer) for layer in range(config.layers)]
+    own = {
+        name: value for name, value in values.pop("experts").items() if name not in ("capacity", "first_dense", "every")
+    }
+    values["experts"] = (sparse, own) if any(sparse) else None
+    values["feed_forward"] = 0 if all(sparse) else config.feed_forward
     values["qk_norm_over"] = config.qk_norm_over if config.qk_norm else ""
     return values
 

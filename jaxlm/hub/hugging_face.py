@@ -21,8 +21,9 @@ from etils import epath
 from jaxlm.base import files, precision
 from jaxlm.base.errors import UserError
 from jaxlm.hub import families
-from jaxlm.hub.families import Family, Rule
+from jaxlm.hub.families import Family
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.rules import Rule
 from jaxlm.hub.tokenizers import read_template, read_tokenizer
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import for_inference
@@ -46,6 +47,12 @@ class Tensor:
     """(our name, our shape) of each."""
     heads: int
     """Within how many pieces of the outputs the parts follow each other; 1: in all of them."""
+    expert: int = -1
+    """Which expert's part of ours it is; -1: all of it."""
+
+    def of(self, array: Any) -> np.ndarray:
+        """The part of one of ours that lies in it."""
+        return array[:] if self.expert < 0 else array[self.expert : self.expert + 1][0]
 
 
 def tensors_of(family: Family, config: ModelConfig) -> list[Tensor]:
@@ -54,15 +61,18 @@ def tensors_of(family: Family, config: ModelConfig) -> list[Tensor]:
     shapes = dict(pair for _, declared in definition for pair in model_directory.tensor_shapes(declared))
     left, found = set(shapes), []
     for rule in family.rules:
-        for layer in range(config.layers if "{}" in rule.theirs else 1):
+        places = rule.theirs.count("{}")
+        each = range(config.experts.count) if places == 2 else (-1,)
+        for layer in range(config.layers if places else 1):
             names = [name.format(layer) for name in rule.ours]
             if names[0] not in left:
                 continue
-            *rest, _ = shapes[names[0]]
-            theirs = (*rest, sum(shapes[name][-1] for name in names))
-            parts = tuple((name, shapes[name]) for name in names)
-            heads = config.heads if rule.by_head else 1
-            found.append(Tensor(rule.theirs.format(layer), theirs[::-1] if rule.turned else theirs, rule, parts, heads))
+            parts = tuple((name, shapes[name][places == 2 :]) for name in names)
+            *rest, last = parts[0][1]
+            theirs = (*rest, sum(shape[-1] for _, shape in parts))
+            theirs = theirs[::-1] if rule.turned else theirs
+            heads = config.heads if rule.by_head else last if rule.in_turn else 1
+            found += [Tensor(rule.theirs.format(layer, e), theirs, rule, parts, heads, e) for e in each]
             left -= set(names)
     # A reward model of ours has a bias, theirs has none: `export` writes it into config.json.
     if left - {"score_bias"}:
@@ -99,6 +109,19 @@ class Piece:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.ascontiguousarray(self[()].astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One of our tensors of which every expert's part lies in a tensor of theirs."""
+
+    pieces: list[Piece]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        first, *rest = index if isinstance(index, tuple) and index else (slice(None),)
+        return np.stack([piece[tuple(rest)] for piece in self.pieces[first]])
+
+    __array__ = Piece.__array__
 
 
 def join(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
@@ -168,7 +191,11 @@ class HuggingFaceDirectory:
             pieces: dict[str, Any] = {}
             for tensor in self._compared(stored):
                 for part, (name, _) in enumerate(tensor.parts):
-                    pieces[name] = Piece(stored[tensor.name], tensor, part)
+                    piece = Piece(stored[tensor.name], tensor, part)
+                    if tensor.expert < 0:
+                        pieces[name] = piece
+                    else:
+                        pieces.setdefault(name, Stack([])).pieces.append(piece)
             if self.config.criteria:
                 pieces["score_bias"] = self._score_bias()
             yield pieces

@@ -27,7 +27,7 @@ SPLASH_BLOCKS = (512, 256, SPLASH_BLOCK)
 def kernel(config: ModelConfig, platform: str) -> Literal["plain", "splash"]:
     """What attention="auto" is on a platform."""
     if config.attention == "auto":
-        return "splash" if platform == "tpu" else "plain"
+        return "splash" if platform == "tpu" and not config.attention_sinks else "plain"
     return config.attention
 
 
@@ -97,8 +97,12 @@ def plain_attention(
     mask: Bool[Array, "B S T"],
     soft_cap: float,
     scale: float = 0.0,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B S H N"]:
-    """softmax(scale q k) v, softmax in float32; query head h reads key head h // G; scale 0 stands for 1 / sqrt(N)."""
+    """softmax(scale q k) v, softmax in float32; query head h reads key head h // G; scale 0 stands for 1 / sqrt(N).
+
+    `sinks` are one more score a head in the softmax's sum, with no value.
+    """
     B, S, H, N = q.shape
     K, T = v.shape[1:3]
     G = H // K
@@ -109,8 +113,16 @@ def plain_attention(
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(mask[:, None, None, :, :], scores.reshape(B, K, G, S, T), MASKED).reshape(B, K, G * S, T)
     # The softmax's division comes after the product, on [.., N] instead of [.., T], and so does its gradient's sum.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    mixed = precision.product(weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is None:
+        weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+    else:
+        each = jnp.broadcast_to(sinks.reshape(1, K, G, 1), (B, K, G, S)).reshape(B, K, G * S, 1)
+        highest = jax.lax.stop_gradient(jnp.maximum(highest, each))
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(each - highest)
+    mixed = precision.product(weights.astype(v.dtype), v) / total
     return mixed.reshape(B, K, G, S, N).transpose(0, 3, 1, 2, 4).reshape(B, S, H, N).astype(q.dtype)
 
 
@@ -176,6 +188,8 @@ class SelfAttention(nnx.Module):
             sizes = (N, N) if config.qk_norm_over == "head" else (H * N, K * N)
             self.query_norm = RMSNorm(sizes[0], "norm", config.norm_epsilon, config.norm_offset)
             self.key_norm = RMSNorm(sizes[1], "norm", config.norm_epsilon, config.norm_offset)
+        if config.attention_sinks:
+            self.sinks = weight((H,), ("heads",), Constant(0.0))
         self.config = config
         self.window = config.window if kind.startswith("local") else 0
         self.scale = config.query_scalar**-0.5 if config.query_scalar else 0.0
@@ -205,6 +219,7 @@ class SelfAttention(nnx.Module):
                 k = jax.lax.dynamic_update_slice_in_dim(past.key, k.astype(past.key.dtype), place.slot, 3)
                 v = jax.lax.dynamic_update_slice_in_dim(past.value, v.astype(past.value.dtype), place.slot, 2)
                 past = Layer(k, v)
-            out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap, self.scale)
+            sinks = self.sinks[...] if c.attention_sinks else None
+            out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap, self.scale, sinks)
         out = constrain(out, "batch", "sequence", "activation_heads", None)
         return project(self, "output", out.reshape(B, S, c.heads * c.head_size), c.compute), past

@@ -1,35 +1,83 @@
 """The transformer's shape. Fields at 0 are derived (see `jaxlm/train/depth.py`, the dial)."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 from jaxlm.base.config import check
 
 Attention = Literal["global", "local", "global_nope", "local_nope"]
 """Whom a layer's queries see; `nope`: without rotary positions (arXiv:2305.19466)."""
-Bias = Literal["qkv", "output", "mlp"]
+Activation = Literal["silu", "gelu", "gelu_exact", "clamped"]
+Bias = Literal["qkv", "output", "mlp", "router"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are changed for texts longer than those of pretraining."""
 
-    kind: Literal["none", "linear", "llama3"] = "none"
-    """linear: all are divided by factor (arXiv:2306.15595); llama3: the slow ones are, with a smooth passage."""
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """linear: all are divided by factor (arXiv:2306.15595); llama3: the slow ones are, with a smooth passage; yarn
+    (arXiv:2309.00071): so too, the passage linear in the frequency's number, and attention is sharpened."""
     factor: float = 1.0
     """By how much frequencies are divided."""
     low_frequency: float = 1.0
-    """llama3 only: frequencies of at most so many turns over the trained positions are divided by the whole factor."""
+    """llama3, yarn: frequencies of at most so many turns over the trained positions are divided by the whole factor."""
     high_frequency: float = 4.0
-    """llama3 only: frequencies of at least so many turns stay as they are."""
+    """llama3, yarn: frequencies of at least so many turns stay as they are (yarn's usual value is 32)."""
     trained_positions: int = 8192
-    """llama3 only: positions of a text in pretraining."""
+    """llama3, yarn: positions of a text in pretraining."""
+    attention_factor: float = 0.0
+    """yarn only: turned queries and keys are multiplied by this; 0: by 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn only: the passage begins and ends at whole numbers."""
 
     def __post_init__(self):
         check(self.factor > 0, "factor", f"got {self.factor}; a positive number is needed")
+        sharp = self.attention_factor
+        check(sharp >= 0, "attention_factor", f"got {sharp}; a positive number, or 0 to derive it, is needed")
         check(self.trained_positions > 0, "trained_positions", f"got {self.trained_positions}; 1 or more is needed")
         ordered = 0 < self.low_frequency < self.high_frequency
         check(ordered, "low_frequency", f"got {self.low_frequency}; above 0, below high_frequency is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Mixture of experts: MLPs of which a router chooses a few for each token."""
+
+    count: int = 0
+    """E: experts of a layer; 0: every layer has one MLP for all tokens."""
+    chosen: int = 2
+    """k: how many of them a token goes through."""
+    feed_forward: int = 0
+    """Width of an expert; 0: as the model's feed_forward, which the dense layers have."""
+    shared: int = 0
+    """Experts that all tokens go through besides: one MLP of so many times an expert's width (arXiv:2401.06066)."""
+    first_dense: int = 0
+    """So many first layers have one MLP instead."""
+    every: int = 1
+    """Of the others, layers every, 2 every, ... (counted from 1, over all layers) have experts."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What a token's scores for the experts are made of its logits by."""
+    normalize: bool = True
+    """The chosen experts' scores are divided by their sum: a softmax over the chosen ones alone."""
+    scale: float = 1.0
+    """Then they are multiplied by this."""
+    choice_bias: bool = False
+    """A number for each expert is added to its score for choosing, not for weighing; training moves it so that all are
+    chosen alike (arXiv:2408.15664, DeepSeek-V3)."""
+    capacity: float = 0.0
+    """An expert takes at most so many times its even share of a row's tokens, the first ones, and the rest is dropped:
+    products of equal sizes (arXiv:2101.03961). 0: none is dropped. Sampling never drops."""
+
+    def __post_init__(self):
+        for field in ("count", "feed_forward", "shared", "first_dense", "capacity"):
+            check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; 0 or more is needed")
+        for field in ("chosen", "every"):
+            check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
+        few = self.chosen <= self.count or not self.count
+        check(few, "chosen", f"{self.chosen} of {self.count} experts cannot be chosen")
+        check(self.scale > 0, "scale", f"got {self.scale}; a positive number is needed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +100,14 @@ class ModelConfig:
     """N: size of a head; 0 means width / heads."""
     feed_forward: int = 0
     """F: width of the MLP; 0 means 8/3 of the width, rounded up to 128, as in Llama."""
-    activation: Literal["silu", "gelu", "gelu_exact"] = "silu"
-    """The MLP's nonlinearity (gelu: its tanh form)."""
+    activation: Activation = "silu"
+    """The MLP's nonlinearity (gelu: its tanh form; clamped: GPT-OSS's, of gate and product)."""
     gated_mlp: bool = True
     """down(act(gate(x)) * up(x)); off: down(act(up(x))), as in GPT-2."""
     biases: tuple[Bias, ...] = ()
-    """Which products have a bias: those of queries, keys and values; attention's output; the MLP's."""
+    """Which products have a bias: those of queries, keys and values; attention's output; the MLP's; the router's."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Mixture of experts in place of the MLP."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm, or LayerNorm with a bias."""
     norm_offset: bool = False
@@ -80,6 +130,8 @@ class ModelConfig:
     """c in c*tanh(logits/c); 0: none."""
     attention_soft_cap: float = 0.0
     """The same for attention scores."""
+    attention_sinks: bool = False
+    """Each head has a learned score that takes part in the softmax and has no value (arXiv:2508.10925)."""
     pattern: tuple[Attention, ...] = ("global",)
     """Kinds of attention, repeated over the layers from the first on."""
     window: int = 0
@@ -103,7 +155,7 @@ class ModelConfig:
     scan_layers: bool = True
     """One compiled layer run L times over stacked weights; off: L layers, slower to compile."""
     attention: Literal["auto", "plain", "splash"] = "auto"
-    """Attention's code: splash is the TPU kernel; auto takes it on TPU."""
+    """Attention's code: splash is the TPU kernel; auto takes it on TPU, but for attention_sinks."""
     criteria: tuple[str, ...] = ()
     """Names of scalar heads in place of the output head: a reward model; empty: a language model."""
 
@@ -120,6 +172,10 @@ class ModelConfig:
         check(turned, "rope_size", f"got {self.rope_size}; an even number up to the head size is needed")
         for field in ("rope_base_local", "query_scalar", "learned_positions"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; a positive number, or 0, is needed")
+        plain = not self.attention_sinks or self.attention != "splash"
+        check(plain, "attention", "the splash kernel has no sinks here; take plain, or auto")
+        check(self.gated_mlp or self.activation != "clamped", "activation", "clamped is of gated MLPs only")
+        check(self.gated_mlp or not self.experts.count, "gated_mlp", "is off, but experts are gated MLPs")
         check(not (self.norm_offset and self.norm == "layer"), "norm_offset", "is of RMSNorm only; set norm=rms")
         check(len(self.pattern) > 0, "pattern", "is empty; give at least one of global, local")
         if any(kind.startswith("local") for kind in self.pattern):
@@ -139,11 +195,22 @@ class ModelConfig:
             self,
             kv_heads=self.kv_heads or self.heads,
             head_size=self.head_size or self.width // self.heads,
-            feed_forward=self.feed_forward or -(-8 * self.width // (3 * 128)) * 128,
+            feed_forward=(wide := self.feed_forward or -(-8 * self.width // (3 * 128)) * 128),
+            experts=dataclasses.replace(e, feed_forward=e.feed_forward or wide) if (e := self.experts).count else e,
         )
 
     def kind(self, layer: int) -> Attention:
         return self.pattern[layer % len(self.pattern)]
+
+    def has_experts(self, layer: int) -> bool:
+        e = self.experts
+        return e.count > 0 and layer >= e.first_dense and (layer + 1) % e.every == 0
+
+    def groups(self) -> tuple[int, int, int]:
+        """(first, period, end): layers first, ..., end - 1 repeat each `period`; others stand alone when stacked."""
+        first = min(self.experts.first_dense, self.layers) if self.experts.count else 0
+        period = math.lcm(len(self.pattern), self.experts.every if self.experts.count else 1)
+        return first, period, first + (self.layers - first) // period * period
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

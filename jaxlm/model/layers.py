@@ -11,7 +11,7 @@ from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Int
 from jaxlm.base.sharding import constrain
 from jaxlm.model import lora
-from jaxlm.model.config import ModelConfig, RopeScaling
+from jaxlm.model.config import Activation, ModelConfig, RopeScaling
 from jaxlm.model.weights import Constant, Normal, weight
 
 ACTIVATIONS = {
@@ -97,17 +97,30 @@ def rotary(positions: Int[Array, "B S"], limit: int, size: int, base: float, sca
     Looked up in a table of all positions: computed in place, XLA's CPU path would fuse the sines into every layer's
     rotation and take them anew for every head, a tenth of a training step.
     """
-    frequencies = scaled(base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size), scaling)
+    frequencies = scaled(base, size, scaling)
     angles = jnp.arange(limit, dtype=jnp.float32)[:, None] * frequencies[None, :]
-    return Rotation(jnp.cos(angles)[positions], jnp.sin(angles)[positions])
+    sharp = (scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1) if scaling.kind == "yarn" else 1.0
+    return Rotation(sharp * jnp.cos(angles)[positions], sharp * jnp.sin(angles)[positions])
 
 
-def scaled(frequencies: Float[Array, "N"], scaling: RopeScaling) -> Float[Array, "N"]:
-    """The frequencies for longer texts. llama3: the formula of Llama 3.1's reference code (arXiv:2407.21783, 3.4.2)."""
+def scaled(base: float, size: int, scaling: RopeScaling) -> Float[Array, "N"]:
+    """base^(-2i/size), for longer texts. llama3: the formula of Llama 3.1's reference code (arXiv:2407.21783, 3.4.2);
+    yarn: arXiv:2309.00071, equations 18 to 23, the ramp over i as in its authors' code."""
+    frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     if scaling.kind == "none":
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        ends = [
+            size * math.log(scaling.trained_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (scaling.high_frequency, scaling.low_frequency)
+        ]
+        low, high = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.truncate else ends
+        low, high = max(low, 0), min(high, size - 1)
+        width = high - low or 0.001
+        divided = jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - low) / width, 0, 1)
+        return (1 - divided) * frequencies + divided * frequencies / scaling.factor
     turns = scaling.trained_positions * frequencies / (2 * math.pi)
     share = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
     kept = jnp.clip(share, 0, 1)
@@ -126,11 +139,19 @@ def rotate(x: Float[Array, "B S H N"], rotation: Rotation) -> Float[Array, "B S 
     return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
+def gated(activation: Activation, gate: Array, up: Array) -> Array:
+    """act(gate) * up; of "clamped": (up + 1) * gate * sigmoid(1.702 gate), both cut at 7 (arXiv:2508.10925)."""
+    if activation != "clamped":
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (up + 1) * (gate * jax.nn.sigmoid(1.702 * gate))
+
+
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), arXiv:2002.05202; without a gate down(act(up(x)))."""
 
-    def __init__(self, config: ModelConfig):
-        D, F = config.width, config.feed_forward
+    def __init__(self, config: ModelConfig, feed_forward: int = 0):
+        D, F = config.width, feed_forward or config.feed_forward
         if config.gated_mlp:
             self.gate = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
         self.up = weight((D, F), ("embed", "mlp"), Normal(D**-0.5), matrix=True)
@@ -142,13 +163,14 @@ class MLP(nnx.Module):
                 self.gate_bias = weight((F,), ("mlp",), Constant(0.0))
             self.up_bias = weight((F,), ("mlp",), Constant(0.0))
             self.down_bias = weight((D,), ("norm",), Constant(0.0))
-        self.activation, self.gated = config.activation, config.gated_mlp
+        self.activation: Activation = config.activation
+        self.gated = config.gated_mlp
         self.compute: precision.Compute = config.compute
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        act = ACTIVATIONS[self.activation]
+        inner = project(self, "up", x, self.compute)
         if self.gated:
-            inner = act(project(self, "gate", x, self.compute)) * project(self, "up", x, self.compute)
+            inner = gated(self.activation, project(self, "gate", x, self.compute), inner)
         else:
-            inner = act(project(self, "up", x, self.compute))
+            inner = ACTIVATIONS[self.activation](inner)
         return project(self, "down", constrain(inner, "batch", "sequence", "activation_mlp"), self.compute)

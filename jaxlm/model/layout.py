@@ -10,33 +10,34 @@ from jaxlm.model.weights import Params
 
 
 def unroll(params: Params, config: ModelConfig) -> Params:
-    """{"stack": {p: [L/P, ...]}, "tail": ...} → {"layers": {"0": ..., "1": ...}}; other entries as they are."""
+    """{"lead": ..., "stack": {p: [L/P, ...]}, "tail": ...} → {"layers": {"0": ..., ...}}; other entries as they are."""
     if "layers" in params:
         return params
-    P = len(config.pattern)
-    whole = config.layers - config.layers % P
+    first, P, end = config.groups()
     layers: dict[str, Any] = {
-        str(i): jax.tree.map(lambda x, row=i // P: _row(x, row), params["stack"][str(i % P)]) for i in range(whole)
+        str(first + i): jax.tree.map(lambda x, row=i // P: _row(x, row), params["stack"][str(i % P)])
+        for i in range(end - first)
     }
-    layers |= params.get("tail", {})
-    return {name: value for name, value in params.items() if name not in ("stack", "tail")} | {"layers": layers}
+    layers |= params.get("lead", {}) | params.get("tail", {})
+    return {name: value for name, value in params.items() if name not in ("lead", "stack", "tail")} | {"layers": layers}
 
 
 def stack(params: Params, config: ModelConfig) -> Params:
     """The inverse of `unroll`."""
     if "layers" not in params:
         return params
-    P = len(config.pattern)
-    whole = config.layers - config.layers % P
+    first, P, end = config.groups()
     layers = params["layers"]
     rest = {name: value for name, value in params.items() if name != "layers"}
-    if whole:
+    if first:
+        rest["lead"] = {str(i): layers[str(i)] for i in range(first)}
+    if first < end:
         rest["stack"] = {
-            str(p): jax.tree.map(lambda *rows: _stack(rows), *(layers[str(i)] for i in range(p, whole, P)))
+            str(p): jax.tree.map(lambda *rows: _stack(rows), *(layers[str(i)] for i in range(first + p, end, P)))
             for p in range(P)
         }
-    if whole < config.layers:
-        rest["tail"] = {str(i): layers[str(i)] for i in range(whole, config.layers)}
+    if end < config.layers:
+        rest["tail"] = {str(i): layers[str(i)] for i in range(end, config.layers)}
     return rest
 
 

@@ -6,11 +6,13 @@
     logits = apply(model, params, lambda m: m.logits(hidden))                    # [B, S, V] float32
     scores = apply(model, params, lambda m: m.scores(hidden))                    # [B, S, C], of a reward model
 
-Layers lie stacked (`config.scan_layers`): with a pattern of P kinds of attention, stack/p holds the layers
-p, p + P, p + 2P, … along a first axis, and tail/… the L mod P last ones. `jaxlm/model/layout.py` converts.
+Layers lie stacked (`config.scan_layers`): with layers that repeat each P (`config.groups`), stack/p holds the layers
+p, p + P, p + 2P, … along a first axis, tail/… the L mod P last ones, and lead/… those before the first with experts.
+`jaxlm/model/layout.py` converts.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,8 @@ from jaxlm.base.arrays import Array, Float, Float32, Int
 from jaxlm.base.sharding import constrain
 from jaxlm.model import lora
 from jaxlm.model.attention import Layer, Place, SelfAttention
-from jaxlm.model.config import AdaptedConfig, Attention, ModelConfig
+from jaxlm.model.config import AdaptedConfig, ModelConfig
+from jaxlm.model.experts import Experts, Routing
 from jaxlm.model.layers import MLP, Rotations, make_norm, rotations
 from jaxlm.model.weights import Constant, Definition, Normal, apply, define, number, weight
 
@@ -72,36 +75,45 @@ def widened(cache: Cache, room: int) -> Cache:
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); `config.norm_place` and `config.parallel_mlp` have other forms."""
 
-    def __init__(self, config: ModelConfig, kind: Attention):
+    def __init__(self, config: ModelConfig, layer: int):
+        kind = config.kind(layer)
         if config.norm_place != "after":
             self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
         if config.norm_place != "before":
             self.attention_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
         self.attention = SelfAttention(config, kind)
-        self.mlp = MLP(config)
+        if config.has_experts(layer):
+            self.experts = Experts(config)
+        else:
+            self.mlp = MLP(config)
         if isinstance(config, AdaptedConfig):
             lora.declare(self.attention, "layers/attention", config.lora)
-            lora.declare(self.mlp, "layers/mlp", config.lora)
+            if not config.has_experts(layer):
+                lora.declare(self.mlp, "layers/mlp", config.lora)
         self.kind, self.place, self.parallel = kind, config.norm_place, config.parallel_mlp
 
     def __call__(
         self, x: Float[Array, "B S D"], rotations: Rotations, place: Place, past: Layer | None = None
-    ) -> tuple[Float[Array, "B S D"], Layer | None]:
-        before = x
+    ) -> tuple[Float[Array, "B S D"], Layer | None, Routing | None]:
+        before, routing = x, None
         mixed = x if self.place == "after" else self.attention_norm(x)
         mixed, past = self.attention(mixed, rotations[self.kind], place, past)
         x = x + (mixed if self.place == "before" else self.attention_post_norm(mixed))
         mixed = before if self.parallel else x
-        mixed = self.mlp(mixed if self.place == "after" else self.mlp_norm(mixed))
+        mixed = mixed if self.place == "after" else self.mlp_norm(mixed)
+        if hasattr(self, "experts"):
+            mixed, routing = self.experts(mixed, place.query_segments > 0)
+        else:
+            mixed = self.mlp(mixed)
         x = x + (mixed if self.place == "before" else self.mlp_post_norm(mixed))
-        return constrain(x, "batch", "sequence", None), past
+        return constrain(x, "batch", "sequence", None), past, routing
 
 
 class Transformer(nnx.Module):
     """Embedding, blocks, final norm; then the output head, or the scalar heads of a reward model."""
 
     def __init__(self, config: ModelConfig, matrix_dtype: Any = jnp.float32):
-        V, D, L, P = config.vocab_size, config.width, config.layers, len(config.pattern)
+        V, D, L = config.vocab_size, config.width, config.layers
         C = len(config.criteria)
         # A tied table is also the head: at D^-1/2 the first logits have unit variance.
         std = D**-0.5 if config.tied_embeddings else 1.0
@@ -109,15 +121,16 @@ class Transformer(nnx.Module):
         if config.learned_positions:
             self.positions = weight((config.learned_positions, D), ("positions", "embed"), Normal(std / 2))
         if config.scan_layers:
-            whole = L - L % P
+            first, P, end = config.groups()
+            self.lead = nnx.Dict({str(i): self._block(config, i) for i in range(first)})
             self.stack = nnx.Dict(
                 {
-                    str(p): number(Block(config, config.kind(p)), tuple(range(p, whole, P)), stacked=True)
-                    for p in range(P if whole else 0)
+                    str(p): number(Block(config, first + p), tuple(range(first + p, end, P)), stacked=True)
+                    for p in range(P if first < end else 0)
                 }
             )
-            self.tail = nnx.Dict({str(i): self._block(config, i) for i in range(whole, L)})
-            self.group = tuple(define(Block(config, kind), config.compute, matrix_dtype) for kind in config.pattern)
+            self.tail = nnx.Dict({str(i): self._block(config, i) for i in range(end, L)})
+            self.group = tuple(define(Block(config, first + p), config.compute, matrix_dtype) for p in range(P))
         else:
             self.layers = nnx.Dict({str(i): self._block(config, i) for i in range(L)})
         self.final_norm = make_norm(config)
@@ -130,7 +143,7 @@ class Transformer(nnx.Module):
         self.config = config
 
     def _block(self, config: ModelConfig, index: int) -> nnx.Module:
-        return number(Block(config, config.kind(index)), (index,), stacked=False)
+        return number(Block(config, index), (index,), stacked=False)
 
     def __call__(
         self,
@@ -144,20 +157,12 @@ class Transformer(nnx.Module):
         `segments` are 0 at padding; a token sees its own segment up to itself. With a cache, S new tokens are
         written at its slot and see what it holds.
         """
-        c = self.config
-        x = self.embed(ids)
-        if c.learned_positions:
-            # Past the table there is nothing to add: NaN says so, where the last row in its place would not.
-            places = jnp.where(segments > 0, positions, 0)
-            x = x + self.positions[...].at[places].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
-        # No position lies past the row's end: it is the index within a segment.
-        limit = ids.shape[1] if cache is None else cache.segments.shape[1]
-        turns = rotations(c, positions, limit)
         if cache is None:
-            place = Place(segments, positions, segments, positions)
-            return self.final_norm(self._run(x, turns, place)), None
+            return self.routed(ids, segments, positions)[0], None
+        c = self.config
         if c.scan_layers:
             raise ValueError("a cache needs unrolled layers (see model/layout.py): a scan would copy it every step")
+        x, turns = self._start(ids, segments, positions, cache.segments.shape[1])
         cache = cache._replace(
             segments=jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.slot, 1),
             positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.slot, 1),
@@ -165,9 +170,28 @@ class Transformer(nnx.Module):
         place = Place(segments, positions, cache.segments, cache.positions, cache.slot)
         layers = []
         for index in range(c.layers):
-            x, layer = self.layers[str(index)](x, turns, place, cache.layers[index])
+            x, layer, _ = self.layers[str(index)](x, turns, place, cache.layers[index])
             layers.append(layer)
         return self.final_norm(x), cache._replace(layers=tuple(layers), slot=cache.slot + ids.shape[1])
+
+    def routed(
+        self, ids: Int[Array, "B S"], segments: Int[Array, "B S"], positions: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], Routing | None]:
+        """The hidden states, and what the routers of the layers with experts did, in the layers' order."""
+        # No position lies past the row's end: it is the index within a segment.
+        x, turns = self._start(ids, segments, positions, ids.shape[1])
+        x, routing = self._run(x, turns, Place(segments, positions, segments, positions))
+        return self.final_norm(x), routing
+
+    def _start(self, ids: Array, segments: Array, positions: Array, limit: int) -> tuple[Array, Rotations]:
+        """The embedded tokens, and the rotations at their positions, all below `limit`."""
+        c = self.config
+        x = self.embed(ids)
+        if c.learned_positions:
+            # Past the table there is nothing to add: NaN says so, where the last row in its place would not.
+            places = jnp.where(segments > 0, positions, 0)
+            x = x + self.positions[...].at[places].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
+        return x, rotations(c, positions, limit)
 
     def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         # The table is gathered over fsdp before the lookup: looking up in a table that is sharded over both of
@@ -178,26 +202,36 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
         return constrain(x, "batch", "sequence", None)
 
-    def _run(self, x: Array, turns: Rotations, place: Place) -> Array:
-        """All blocks without a cache: a scan over the stacked groups, then the tail."""
+    def _run(self, x: Array, turns: Rotations, place: Place) -> tuple[Array, Routing | None]:
+        """All blocks without a cache: where they are stacked, the first ones, a scan over the groups, then the tail."""
         policy = REMAT_POLICIES.get(self.config.remat)
         remat = (lambda f: jax.checkpoint(f, policy=policy)) if policy else (lambda f: f)
-        if not self.config.scan_layers:
-            for index in range(self.config.layers):
-                x = remat(lambda x, block: block(x, turns, place)[0])(x, self.layers[str(index)])
+        found: list[Routing] = []
+
+        def alone(x: Array, blocks: Any) -> Array:
+            for index in sorted(blocks, key=int):
+                x, routing = remat(lambda x, block: block(x, turns, place)[::2])(x, blocks[index])
+                found.extend([jax.tree.map(lambda leaf: leaf[None], routing)] if routing else [])
             return x
 
-        def group(x: Array, layers: dict[str, Any]) -> tuple[Array, None]:
+        def group(x: Array, layers: dict[str, Any]) -> tuple[Array, Routing | None]:
+            each = []
             for position, block in enumerate(self.group):
-                x = apply(block, layers[str(position)], lambda m, x=x: m(x, turns, place)[0])
-            return x, None
+                x, routing = apply(block, layers[str(position)], lambda m, x=x: m(x, turns, place)[::2])
+                each.extend([routing] if routing else [])
+            return x, jax.tree.map(lambda *rows: jnp.stack(rows), *each) if each else None
 
-        if len(self.stack):
-            stacked = nnx.to_pure_dict(nnx.split(self.stack)[1])
-            x, _ = jax.lax.scan(remat(group), x, stacked)
-        for block in self.tail.values():
-            x = remat(lambda x, block: block(x, turns, place)[0])(x, block)
-        return x
+        if not self.config.scan_layers:
+            x = alone(x, self.layers)
+        else:
+            x = alone(x, self.lead)
+            if len(self.stack):
+                stacked = nnx.to_pure_dict(nnx.split(self.stack)[1])
+                x, routing = jax.lax.scan(remat(group), x, stacked)
+                if routing is not None:
+                    found.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), routing))
+            x = alone(x, self.tail)
+        return x, jax.tree.map(lambda *rows: jnp.concatenate(rows), *found) if found else None
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         if self.config.criteria:
@@ -224,20 +258,30 @@ def define_model(config: ModelConfig, matrix_dtype: Any = jnp.float32) -> Defini
 
 def for_inference(config: ModelConfig) -> tuple[ModelConfig, Definition]:
     """The same model with unrolled layers and matrices in the compute type, as the sampler runs it."""
-    config = dataclasses.replace(config, scan_layers=False, remat="none", attention="plain")
+    experts = dataclasses.replace(config.experts, capacity=0.0)
+    config = dataclasses.replace(config, scan_layers=False, remat="none", attention="plain", experts=experts)
     return config, define_model(config, precision.dtype(config.compute))
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """The parameters that a token meets: all but those of experts that it has not chosen."""
+    e, weights = config.experts, [w for _, w in define_model(config)]
+    return sum(math.prod(w.shape) * e.chosen // e.count if "experts" in w.axes else math.prod(w.shape) for w in weights)
 
 
 def flops_per_token(config: ModelConfig, sequence: int) -> float:
     """Model FLOPs of training on one token: 6 per weight of a matrix product (4 where it is frozen under adapters,
-    whose own are not counted), 12 per head-sized score seen.
+    whose own are not counted; of experts, the chosen ones), 12 per head-sized score seen.
 
     The embedding lookup is free; a causal query sees (sequence + 1) / 2 keys on average (arXiv:2204.02311, appendix B,
     counts all S keys; we count those that are seen).
     """
     D, N = config.width, config.head_size
-    per_layer = 2 * D * N * (config.heads + config.kv_heads) + (2 + config.gated_mlp) * D * config.feed_forward
-    weights = config.layers * per_layer + D * (len(config.criteria) or config.vocab_size)
+    e, sparse = config.experts, sum(config.has_experts(layer) for layer in range(config.layers))
+    weights = config.layers * 2 * D * N * (config.heads + config.kv_heads)
+    weights += (config.layers - sparse) * (2 + config.gated_mlp) * D * config.feed_forward
+    weights += sparse * D * (3 * (e.chosen + e.shared) * e.feed_forward + e.count)
+    weights += D * (len(config.criteria) or config.vocab_size)
     seen = 0.0
     for layer in range(config.layers):
         reach = min(config.window, sequence) if config.kind(layer).startswith("local") else sequence

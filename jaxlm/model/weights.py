@@ -131,7 +131,7 @@ def canonical(path: tuple[str, ...]) -> str:
     'layers/attention/query'
     """
     words = [part for part in path if not part.isdigit()]
-    return "/".join(["layers" if words[0] in ("stack", "tail") else words[0], *words[1:]])
+    return "/".join(["layers" if words[0] in ("lead", "stack", "tail") else words[0], *words[1:]])
 
 
 def define(module: nnx.Module, compute: Compute, matrix_dtype: Any = jnp.float32) -> Definition:
@@ -142,8 +142,8 @@ def define(module: nnx.Module, compute: Compute, matrix_dtype: Any = jnp.float32
         meta = declared.get_metadata()
         names = tuple(str(part) for part in path)
         abstract = declared.get_value()
-        # Adapters train whatever type their matrix lies in.
-        large = (meta["matrix"] and "rank" not in meta["axes"]) or "vocab" in meta["axes"]
+        # Adapters train whatever type their matrix lies in; a router's rounding would send tokens elsewhere.
+        large = (meta["matrix"] and not {"rank", "routes"} & {*meta["axes"]}) or "vocab" in meta["axes"]
         weights.append(
             (
                 names,

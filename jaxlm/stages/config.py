@@ -6,6 +6,7 @@ from typing import ClassVar
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource, check_exclude
 from jaxlm.model.config import LoRAConfig, ModelConfig
+from jaxlm.routing.config import RoutingConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
@@ -41,6 +42,8 @@ class PretrainConfig(StageConfig):
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate."""
+    routing: RoutingConfig = RoutingConfig()
+    """Balance of a mixture of experts."""
     z_loss: float = 0.0
     """Weight of log²(normaliser) in the objective; 1e-4 keeps logits from drifting."""
     loss_chunk_tokens: int = 0
@@ -117,6 +120,8 @@ class SFTConfig(StageConfig):
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig(peak=2e-5, warmup_steps=20)
     """The learning rate."""
+    routing: RoutingConfig = RoutingConfig()
+    """Balance of a mixture of experts."""
     loss_chunk_tokens: int = 0
     """Makes the logits of so many tokens at a time, for less memory; 0: of all at once."""
     heldout_batches: int = 0

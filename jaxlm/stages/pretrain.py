@@ -23,8 +23,9 @@ from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Loader
 from jaxlm.evaluate.samples import with_samples
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.model.transformer import active_parameters, define_model, flops_per_token
 from jaxlm.replay.blackbox import BlackBox
+from jaxlm.routing import balance
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses
@@ -97,17 +98,21 @@ def train_step(
     # The loss is a sum over the global batch's targets, divided by their number: pieces and devices only add.
     targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
+    load = balance.loads(state.params, batch, config.accumulate, definition, config.routing)
 
-    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
+    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
         sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
-        return (sums.loss + config.z_loss * sums.squared_normalizer) / count, losses.as_metrics(sums)
+        total = (sums.loss + config.z_loss * sums.squared_normalizer) / count
+        return total + balance.penalty(sums.routing, load, batch, config.routing), sums
 
-    (loss, measured), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
+    (loss, sums), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
     # A batch without a target has a loss of 0 and a gradient of 0, and would still decay the weights: a bad step.
     good = jnp.isfinite(loss) & (targets > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
-    return state, measured | norms
+    rule = (optimizer, config.optimizer, definition)
+    also = lambda params: balance.balanced(params, sums.routing, definition, config.routing.bias_rate)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, *rule, also)
+    return state, losses.as_metrics(sums) | balance.as_metrics(sums.routing) | norms
 
 
 def build(config: PretrainConfig, mesh: Mesh) -> Program:
@@ -128,8 +133,8 @@ def announce(config: PretrainConfig, mesh: Mesh) -> None:
     tokens = config.batch_rows * config.row_length
     flops = flops_per_token(model, config.row_length)
     logger.info(
-        "%s parameters: %d layers, width %d, %d heads (%d for keys), feed-forward %d, vocabulary %d",
-        f"{definition.parameter_count():,}",
+        "%s parameters (%s a token): %d layers, width %d, %d heads (%d for keys), feed-forward %d, vocabulary %d",
+        *(f"{definition.parameter_count():,}", f"{active_parameters(model):,}"),
         *(model.layers, model.width, model.heads, model.kv_heads, model.feed_forward, model.vocab_size),
     )
     logger.info(

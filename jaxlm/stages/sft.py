@@ -34,6 +34,7 @@ from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import flops_per_token
 from jaxlm.replay.blackbox import BlackBox
+from jaxlm.routing import balance
 from jaxlm.stages.config import SFTConfig
 from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
@@ -99,19 +100,23 @@ def train_step(
     # Every target of the global batch counts alike, in a long answer as in a short one.
     targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
-
     base, batch = separated(batch, config.accumulate)
+    over_base = lambda params, rows: whole(definition, base, params, config.seed, state.step, rows)
+    load = balance.loads(over_base(state.params, batch), batch, config.accumulate, definition, config.routing)
 
-    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Mean]]:
-        params = whole(definition, base, params, config.seed, state.step, rows)
+    def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
+        params = over_base(params, rows)
         sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
-        return sums.loss / count, losses.as_metrics(sums)
+        return sums.loss / count + balance.penalty(sums.routing, load, batch, config.routing), sums
 
-    (loss, measured), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
+    (loss, sums), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
     good = jnp.isfinite(loss) & (targets > 0)
     rate = learning_rate(config.schedule, state.step, config.steps)
-    state, norms = apply_gradients(state, gradients, loss, good, rate, optimizer, config.optimizer, definition)
-    return state, measured | norms
+    rule = (optimizer, config.optimizer, definition)
+    bias_rate = 0.0 if base else config.routing.bias_rate  # under adapters, routers stay as they are
+    also = lambda params: balance.balanced(params, sums.routing, definition, bias_rate)
+    state, norms = apply_gradients(state, gradients, loss, good, rate, *rule, also)
+    return state, losses.as_metrics(sums) | balance.as_metrics(sums.routing) | norms
 
 
 def build(config: SFTConfig, mesh: Mesh) -> Program:

@@ -39,8 +39,10 @@ def require_batch_fits(config: Batches, device_count: int, chunk_tokens: int = 0
 
 
 def require_model_fits(mesh: MeshConfig, device_count: int, model: ModelConfig) -> None:
-    """Raises ConfigError where the mesh does not divide the heads."""
-    tensor = mesh.sizes(device_count)["tensor"]
+    """Raises ConfigError where the mesh does not divide the heads or the experts."""
+    tensor, expert = (mesh.sizes(device_count)[axis] for axis in ("tensor", "expert"))
+    if model.experts.count % expert:
+        raise ConfigError("mesh.expert", f"{expert} does not divide model.experts.count {model.experts.count}")
     for field in ("heads", "kv_heads"):
         if getattr(model, field) % tensor:
             raise ConfigError("mesh.tensor", f"{tensor} does not divide model.{field} {getattr(model, field)}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxlm.base.arrays import Array, Bool, Float32, Int
 from jaxlm.base.metrics import Mean
+from jaxlm.model.experts import Routing
 from jaxlm.model.weights import Definition, Params, apply
 
 
@@ -22,6 +23,8 @@ class TokenSums(NamedTuple):
     """targets that no other token exceeds"""
     targets: Array
     """how many were counted"""
+    routing: Routing | None = None
+    """what the routers of a mixture of experts did, summed over all real tokens"""
 
 
 def targets_of(ids: Int[Array, "B S"], loss_mask: Bool[Array, "B S"]) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -69,7 +72,8 @@ def token_losses(logits: Float32[Array, "N V"], targets: Int[Array, "N"]) -> Tok
 
 def row_sums(params: Params, rows: Mapping[str, Array], definition: Definition, chunk_tokens: int = 0) -> TokenSums:
     """Loss sums over the targets of packed `rows`; the logits of `chunk_tokens` positions at a time, or of all."""
-    hidden = apply(definition, params, lambda m: m(rows["ids"], rows["segment_ids"], rows["positions"])[0])
+    places = rows["ids"], rows["segment_ids"], rows["positions"]
+    hidden, routing = apply(definition, params, lambda m: m.routed(*places))
     targets, counted = targets_of(rows["ids"], rows["loss_mask"])
     flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
 
@@ -78,11 +82,11 @@ def row_sums(params: Params, rows: Mapping[str, Array], definition: Definition, 
 
     tokens = flat[1].shape[0]
     if not chunk_tokens or tokens <= chunk_tokens:
-        return sums(flat)
+        return sums(flat)._replace(routing=routing)
     # Chunk c takes tokens c, c + C, …, so that each is spread over the devices as the batch is.
     chunks = jax.tree.map(lambda x: x.reshape(chunk_tokens, -1, *x.shape[1:]).swapaxes(0, 1), flat)
     each = jax.lax.map(jax.checkpoint(sums), chunks)
-    return jax.tree.map(jnp.sum, each)
+    return jax.tree.map(jnp.sum, each)._replace(routing=routing)
 
 
 def as_metrics(sums: TokenSums) -> dict[str, Mean]:

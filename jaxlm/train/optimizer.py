@@ -109,9 +109,10 @@ def _muon(config: OptimizerConfig, definition: Definition) -> optax.GradientTran
 
 
 def per_layer(inner: optax.GradientTransformation, definition: Definition) -> optax.GradientTransformation:
-    """`inner` for every weight by itself, of stacked layers for each layer; its state lies at the weight's own path."""
-    stacked, tree = jax.tree.flatten(definition.tree(lambda w: w.axes[0] == "layers"))
-    each = lambda function: [jax.vmap(function) if layers else function for layers in stacked]
+    """`inner` for every weight by itself, of stacked layers and experts for each; its state lies at the weight's own
+    path."""
+    stacked, tree = jax.tree.flatten(definition.tree(lambda w: sum(axis in ("layers", "experts") for axis in w.axes)))
+    each = lambda function: [functools.reduce(lambda f, _: jax.vmap(f), range(depth), function) for depth in stacked]
 
     def init(params: Params) -> Any:
         return tree.unflatten([make(x) for make, x in zip(each(inner.init), tree.flatten_up_to(params), strict=True)])

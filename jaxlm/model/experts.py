@@ -1,0 +1,212 @@
+"""Mixture of experts: a router chooses k of E MLPs for each token (arXiv:1701.06538, 2101.03961).
+
+By default no token is dropped: choices are sorted by expert, and grouped products (`jax.lax.ragged_dot`) take as many
+rows of each as chose it. Where experts lie on several devices of the mesh's `expert` axis, each of them sees the tokens
+of all, does those that chose its own experts, and the results are added up. With `capacity`, each expert has a fixed
+number of places in every row instead, and tokens move between devices as the partitioner decides.
+
+Padding (segment 0) is not routed and counts for nothing.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.base import precision
+from jaxlm.base.arrays import Array, Bool, Float, Float32, Int
+from jaxlm.base.sharding import constrain, fitting_spec
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.layers import MLP, gated
+from jaxlm.model.weights import Constant, Normal, weight
+
+
+class Routing(NamedTuple):
+    """Sums over real tokens, float32, with an axis of layers with experts in front: pieces of a batch only add."""
+
+    load: Array
+    """`[..., E]`: how many tokens chose each expert"""
+    shares: Array
+    """`[..., E]`: of the scores, each token's divided by their sum"""
+    squared_normalizer: Array
+    """`[...]`: log²(Σ exp(logits)), what the router's z-loss keeps small (arXiv:2202.08906, equation 5)"""
+    dropped: Array
+    """`[...]`: choices that found their expert full"""
+    tokens: Array
+    """`[...]`: real tokens"""
+
+
+class Experts(nnx.Module):
+    """Σ weight_e down_e(act(gate_e(x)) * up_e(x)) over the chosen experts e, plus the shared ones' output."""
+
+    def __init__(self, config: ModelConfig):
+        c = config.experts
+        D, E, F = config.width, c.count, c.feed_forward
+        self.router = weight((D, E), ("embed", "routes"), Normal(D**-0.5), matrix=True)
+        if "router" in config.biases:
+            self.router_bias = weight((E,), ("routes",), Constant(0.0))
+        if c.choice_bias:
+            self.choice_bias = weight((E,), ("routes",), Constant(0.0))
+        inner, outer = Normal(D**-0.5), Normal((2 * F * config.layers) ** -0.5)
+        self.gate = weight((E, D, F), ("experts", "embed", "mlp"), inner, matrix=True)
+        self.up = weight((E, D, F), ("experts", "embed", "mlp"), inner, matrix=True)
+        self.down = weight((E, F, D), ("experts", "mlp", "embed"), outer, matrix=True)
+        if "mlp" in config.biases:
+            self.gate_bias = weight((E, F), ("experts", "mlp"), Constant(0.0))
+            self.up_bias = weight((E, F), ("experts", "mlp"), Constant(0.0))
+            self.down_bias = weight((E, D), ("experts", "norm"), Constant(0.0))
+        if c.shared:
+            self.shared = MLP(config, c.shared * F)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B S D"], real: Bool[Array, "B S"]) -> tuple[Float[Array, "B S D"], Routing]:
+        choices, weights, routing = self._route(x, real)
+        if self.config.experts.capacity:
+            out, dropped = self._limited(x, choices, weights)
+            routing = routing._replace(dropped=dropped)
+        else:
+            out = self._dropless(x, choices, weights)
+        if self.config.experts.shared:
+            out = out + self.shared(x)
+        return out, routing
+
+    def _route(
+        self, x: Float[Array, "B S D"], real: Bool[Array, "B S"]
+    ) -> tuple[Int[Array, "B S k"], Float32[Array, "B S k"], Routing]:
+        """The chosen experts, E (none) at padding; their weights; the sums."""
+        c = self.config.experts
+        # At its default precision a TPU multiplies float32 in bf16.
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        logits = jnp.matmul(flat, self.router[...], precision=jax.lax.Precision.HIGHEST)
+        if "router" in self.config.biases:
+            logits = logits + self.router_bias[...][None, :]
+        logits = logits.reshape(*x.shape[:2], c.count)
+        scores = jax.nn.softmax(logits) if c.scores == "softmax" else jax.nn.sigmoid(logits)
+        preferred = jax.lax.stop_gradient(scores)
+        if c.choice_bias:
+            preferred = preferred + jax.lax.stop_gradient(self.choice_bias[...])[None, None, :]
+        choices = jax.lax.top_k(preferred, c.chosen)[1]
+        picked = choices[..., None] == jnp.arange(c.count)[None, None, None, :]  # [B, S, k, E]
+        weights = jnp.sum(jnp.where(picked, scores[:, :, None, :], 0.0), axis=-1)
+        if c.normalize:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        shares = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        total = lambda each: jnp.sum(jnp.where(real.reshape(*real.shape, *(1,) * (each.ndim - 2)), each, 0.0), (0, 1))
+        routing = Routing(
+            load=total(jnp.sum(picked.astype(jnp.float32), axis=2)),
+            shares=total(shares),
+            squared_normalizer=total(jnp.square(jax.nn.logsumexp(logits, axis=-1))),
+            dropped=jnp.float32(0),
+            tokens=total(jnp.ones(real.shape, jnp.float32)),
+        )
+        return jnp.where(real[..., None], choices, c.count), c.scale * weights, routing
+
+    def _kernels(self) -> dict[str, Array]:
+        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
+
+    def _dropless(self, x: Array, choices: Array, weights: Array) -> Float[Array, "B S D"]:
+        kernels = self._kernels()
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return self._grouped(x, choices, weights, kernels, gather=False, split=False, inner=False)
+        # The partitioner knows no grouped products: each device runs them on its own tokens and experts.
+        rows = fitting_spec(mesh.shape, ("batch", "sequence", None), x.shape)
+        axes = {"gate": (None, "mlp"), "up": (None, "mlp"), "down": ("mlp", None)}
+        axes |= {"gate_bias": ("mlp",), "up_bias": ("mlp",), "down_bias": (None,)}
+        placed = {name: fitting_spec(mesh.shape, ("experts", *axes[name]), k.shape) for name, k in kernels.items()}
+        experts = placed["up"][0] is not None
+        whole = rows[0] is None  # every device has all rows already
+        inner = placed["up"][2] is not None
+        run = functools.partial(self._grouped, gather=experts and not whole, split=experts, inner=inner)
+        in_specs = (rows, rows, rows, placed)
+        sharded = jax.shard_map(run, in_specs=in_specs, out_specs=rows, check_vma=False)
+        return sharded(x, choices, weights, kernels)
+
+    def _grouped(
+        self, x: Array, choices: Array, weights: Array, kernels: Any, *, gather: bool, split: bool, inner: bool
+    ) -> Array:
+        """Of the rows at hand, or (`gather`) of those of all devices on the axis `expert`, the sum over experts. Where
+        they are `split` over that axis, or their `inner` width is over `tensor`, the parts are added up."""
+        if gather:
+            x, choices, weights = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, choices, weights))
+        (B, S, D), k, E = x.shape, choices.shape[-1], kernels["up"].shape[0]
+        own = choices.reshape(-1) - (E * jax.lax.axis_index("expert") if split else 0)
+        own = jnp.where((own >= 0) & (own < E), own, E)  # E: another device's, or padding
+        order = jnp.argsort(own)
+        ids = own[order]
+        member = ids[:, None] == jnp.arange(E)[None, :]
+        sizes = jnp.sum(member, axis=0, dtype=jnp.int32)
+        # Rows past the groups are nobody's: what a product leaves there must not come back, nor its gradient.
+        mine = ids[:, None] < E
+        # Copies first: a permutation's gradient is one too, and the same sum of k on every device and every time.
+        copies = jnp.broadcast_to(x[:, :, None, :], (B, S, k, D)).reshape(-1, D)
+        rows = jnp.where(mine, _permuted(copies, order), 0)
+        kind = precision.dtype(self.config.compute)
+
+        def product(rows: Array, name: str) -> Array:
+            out: Any = jax.lax.ragged_dot(
+                rows.astype(kind), kernels[name].astype(kind), sizes, preferred_element_type=jnp.float32
+            )
+            if f"{name}_bias" in kernels:
+                bias = jnp.matmul(
+                    member.astype(jnp.float32), kernels[f"{name}_bias"], precision=jax.lax.Precision.HIGHEST
+                )
+                first = jax.lax.axis_index("tensor") == 0 if inner and name == "down" else True
+                out = out + jnp.where(first, bias, 0.0)
+            return out
+
+        hidden = gated(self.config.activation, product(rows, "gate").astype(kind), product(rows, "up").astype(kind))
+        out = _permuted(jnp.where(mine, product(hidden, "down"), 0.0), jnp.argsort(order))
+        out = jnp.sum(weights[..., None] * out.reshape(B, S, k, D), axis=2)
+        if inner:
+            out = jax.lax.psum(out, "tensor")
+        if gather:
+            out = jax.lax.psum_scatter(out, "expert", tiled=True)
+        elif split:
+            out = jax.lax.psum(out, "expert")
+        return out.astype(kind)
+
+    def _limited(self, x: Array, choices: Array, weights: Array) -> tuple[Float[Array, "B S D"], Float32[Array, ""]]:
+        """Experts with C places in each row, and how many choices found none. Rows do not share places: so the result
+        is the same on every mesh and for every number of pieces."""
+        B, S, D = x.shape
+        E, k = self.config.experts.count, choices.shape[-1]
+        C = min(math.ceil(self.config.experts.capacity * k * S / E), S)
+        chosen = choices.reshape(B, S * k)
+        mine = chosen[:, :, None] == jnp.arange(E)[None, None, :]
+        place = jnp.sum(jnp.where(mine, jnp.cumsum(mine, axis=1, dtype=jnp.int32) - 1, 0), axis=-1)
+        kept = (chosen < E) & (place < C)
+        slot = jnp.where(kept, chosen * C + place, E * C)  # [B, S*k]; E*C: none
+        nobody = jnp.full(E * C, S * k, jnp.int32)
+        holder = jax.vmap(lambda slot: nobody.at[slot].set(jnp.arange(S * k, dtype=jnp.int32), mode="drop"))(slot)
+        rows = _rows(x, holder // k).reshape(B, E, C, D).swapaxes(0, 1)
+        rows = constrain(rows, "experts", "expert_batch", None, None)
+        kernels, kind = self._kernels(), precision.dtype(self.config.compute)
+
+        def product(rows: Array, name: str) -> Array:
+            flat = rows.reshape(E, B * C, -1).astype(kind)
+            out = precision.product(flat, kernels[name].astype(kind))
+            if f"{name}_bias" in kernels:
+                out = out + kernels[f"{name}_bias"][:, None, :]
+            return out.reshape(E, B, C, -1)
+
+        hidden = gated(self.config.activation, product(rows, "gate").astype(kind), product(rows, "up").astype(kind))
+        hidden = constrain(hidden, "experts", "expert_batch", None, "activation_mlp")
+        out = constrain(product(hidden, "down"), "experts", "expert_batch", None, None)
+        out = constrain(out.swapaxes(0, 1).reshape(B, E * C, D), "batch", None, None)
+        out = jnp.sum(weights[..., None] * _rows(out, slot).reshape(B, S, k, D), axis=2)
+        return out.astype(kind), jnp.sum((chosen < E) & ~kept, dtype=jnp.int32).astype(jnp.float32)
+
+
+def _permuted(x: Float[Array, "M D"], order: Int[Array, "M"]) -> Float[Array, "M D"]:
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _rows(x: Float[Array, "B M D"], index: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+    """x[b, index[b, n]], and zeros where the index is M."""
+    take = lambda x, index: x.at[index].get(mode="fill", fill_value=0)
+    return jax.vmap(take)(x, index)
