@@ -14,7 +14,10 @@ from jaxlm.__main__ import make_config
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.config_files import load_config_file
 from jaxlm.base.sharding import make_mesh
+from jaxlm.model.config import ExpertsConfig, ModelConfig
 from jaxlm.stages import pretrain
+from jaxlm.stages.config import PretrainConfig
+from jaxlm.train.config import ScheduleConfig
 
 pytest.importorskip("libtpu", reason="the tpu extra is not installed; CI installs it")
 pytestmark = [pytest.mark.slow, pytest.mark.tpu_compiler]
@@ -90,3 +93,24 @@ def test_a_billion_parameters(topology, mesh):
     assert found["all-reduce"] <= 20, found
     assert found.get("all-to-all", 0) == 0, found
     assert found.get("collective-permute", 0) == 0, found
+
+
+def test_the_step_of_a_mixture_of_experts():
+    """Grouped products compile for the chip; tokens are gathered over the axis of the experts, and results summed."""
+    config = dataclasses.replace(
+        PretrainConfig(),
+        model=ModelConfig(
+            vocab_size=4096,
+            layers=4,
+            width=512,
+            heads=4,
+            experts=ExpertsConfig(count=16, chosen=4, feed_forward=256, shared=1, choice_bias=True),
+        ).complete(),
+        row_length=512,
+        batch_rows=32,
+        steps=10,
+        schedule=ScheduleConfig(peak=1e-3),
+    )
+    compiled = compile_step(config, "v5e:4x4", MeshConfig(data=1, fsdp=2, expert=4, tensor=2))
+    assert {"all-gather", "reduce-scatter"} <= set(collectives(compiled))
+    assert memory(compiled) < 2 * GIB  # seen: 1.12
