@@ -3,6 +3,7 @@
 The only map from a stage's name to its module; modules are imported when a stage is asked for, jax with them.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -179,6 +180,7 @@ def changes(config: configs.StageConfig) -> list[tuple[str, Any, Any]]:
 def run(name: str, config: configs.StageConfig) -> None:
     """Runs a stage in this process, or as one of several processes where the surroundings say so."""
     from jaxlm.base import devices, logging
+    from jaxlm.maintenance import notices
 
     alone = UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")
     if devices.several() and name not in PARALLEL:
@@ -205,7 +207,8 @@ def run(name: str, config: configs.StageConfig) -> None:
             prepare_workdir(config)
             refuse_other_inputs(name, config)
         logging.start(config.workdir)
-    perform(config)
+    with notices() if name in (*PARALLEL, "run") else contextlib.nullcontext():
+        perform(config)
 
 
 def perform(config: configs.StageConfig) -> Any:

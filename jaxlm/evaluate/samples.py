@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,24 +28,23 @@ Evaluate = Callable[[TrainState], dict[str, float]]
 
 def with_samples(
     evaluate: Evaluate,
-    prompts: Sequence[str],
+    config: Any,
     model: ModelConfig,
     tokenizer: Tokenizer,
-    workdir: str,
-    row_length: int,
     template: ChatTemplate | None = None,
     whole: Callable[[Params], Params] = lambda params: params,
 ) -> Evaluate:
-    """`evaluate`, after which each prompt is continued, or with a template answered, into WORKDIR/completions.jsonl.
+    """`evaluate`, after which each of a stage's `config.sample_prompts` is continued, or with a template answered.
 
-    The average speaks where there is one; `whole`: a state's parameters → all of the model's. The same step says the
-    same again, so that a run that went back and comes by once more replaces its lines. Raises ConfigError for prompts
-    that leave no room in `row_length` tokens.
+    What was said goes into WORKDIR/completions.jsonl. The average speaks where there is one; `whole`: a state's
+    parameters → all of the model's. The same step says the same again, so that a run that went back and comes by once
+    more replaces its lines. Raises ConfigError for prompts that leave no room in a row.
     """
+    prompts, row_length = config.sample_prompts, config.row_length
     if not prompts:
         return evaluate
     sampler = Sampler(model, tokenizer, ends=template.stop_ids if template else ())
-    path = Path(workdir) / "completions.jsonl"
+    path = Path(config.workdir) / "completions.jsonl"
 
     def encoded(prompt: str) -> list[int]:
         return template.prompt([{"role": "user", "content": prompt}]) if template else sampler.encode(prompt)

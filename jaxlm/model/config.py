@@ -1,4 +1,4 @@
-"""The transformer's shape. Fields at 0 are derived (see `jaxlm/train/depth.py`, the dial)."""
+"""The transformer's shape. Fields at 0 are derived (see `jaxlm/plan/depth.py`, the dial)."""
 
 import dataclasses
 import math

@@ -19,6 +19,7 @@ An answer's place is then as long as the longer of the two; the shorter is fille
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,6 +27,8 @@ from jaxlm.base import sharding
 from jaxlm.base.errors import UserError
 from jaxlm.preference.config import PreferenceConfig
 from jaxlm.preference.ranked import Placed, Prompt, RankingBatches
+from jaxlm.preference.rewards import placed_batch
+from jaxlm.train.state import Program
 
 
 class Reference(NamedTuple):
@@ -166,3 +169,8 @@ def preference_batches(
         pieces=pieces or 1,
         own=sharding.own_rows(mesh, rows),
     )
+
+
+def placed(program: Program, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+    """What of a batch the program takes, on its mesh."""
+    return placed_batch(program.mesh, {name: batch[name] for name in program.abstract_batch if name != "base"}, rows)

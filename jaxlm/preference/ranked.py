@@ -19,11 +19,14 @@ from typing import NamedTuple, cast
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxlm.base import sharding
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data import rows
 from jaxlm.data.prefetch import prefetched
 from jaxlm.data.rows import Piece
+from jaxlm.reward.config import RewardConfig
 
 
 class Pair(NamedTuple):
@@ -308,3 +311,20 @@ def _pair_values(prompt: Prompt, places: dict[int, Place], row_length: int) -> I
         better, worse, criterion, weight, distance, margin, annotator, kind = pair
         ranked, tokens = len(compared[criterion]), (sizes[better] - prompt.prefix, sizes[worse] - prompt.prefix)
         yield last[better], last[worse], criterion, weight, margin, distance, ranked, annotator, kind, *tokens
+
+
+def ranking_batches(config: RewardConfig, prompts: Sequence[Prompt], mesh: Mesh, pieces: int) -> RankingBatches:
+    """Of whole global batches in `pieces`; 0: of batches as large as a piece, to measure."""
+    rows, pairs = config.batch_rows, config.batch_pairs
+    if not pieces:
+        rows, pairs = rows // config.accumulate, pairs // config.accumulate
+    own = sharding.own_rows(mesh, rows)
+    return RankingBatches(
+        prompts,
+        rows=rows,
+        row_length=config.row_length,
+        pairs=pairs,
+        seed=config.seed,
+        pieces=pieces or 1,
+        own=own,
+    )

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxlm.base.errors import JaxlmError, UserError
+from jaxlm.base.errors import ConfigError, JaxlmError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.feedback import rankings
 from jaxlm.feedback.records import RankingRecord, pairs_of
 from jaxlm.preference.ranked import Pair, Prompt
 from jaxlm.reward import losses
-from jaxlm.reward.config import AnnotatorWeight, RankingSource
+from jaxlm.reward.config import AnnotatorWeight, RankingSource, RewardConfig
 from jaxlm.text import tally
 from jaxlm.tokenizer import chat
 
@@ -123,3 +123,18 @@ def _index(names: list[str], name: str) -> int:
     if name not in names:
         names.append(name)
     return names.index(name)
+
+
+def reference_answers(
+    config: RewardConfig, given: Sequence[RankingRecord], prompts: Sequence[Prompt]
+) -> list[np.ndarray]:
+    """The first answers of `reference_policy`, or of all, that fit into a row."""
+    found = [
+        answer
+        for record, prompt in zip(given, prompts, strict=True)
+        for completion, answer in zip(record.completions, prompt.answers, strict=True)
+        if config.reference_policy in ("", completion.policy) and len(answer) <= config.row_length
+    ]
+    if not found:
+        raise ConfigError("reference_policy", f"no answer is of policy {config.reference_policy!r}")
+    return found[: config.reference_answers]

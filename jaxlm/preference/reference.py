@@ -22,8 +22,8 @@ from jaxlm.base.errors import UserError
 from jaxlm.base.logging import logger, progress
 from jaxlm.model.weights import Definition, Params
 from jaxlm.preference.batches import PreferenceBatches, Reference
+from jaxlm.preference.rewards import placed_batch
 from jaxlm.preference.scoring import answer_logprobs
-from jaxlm.reward.scoring import placed_batch
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 

@@ -17,12 +17,11 @@ it began; DPO, IPO, KTO) is computed once, before the first step, and kept. Resu
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -33,28 +32,24 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
+from jaxlm.hub.finish import stopped_early, write_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import flops_per_token
-from jaxlm.model.weights import Definition, Params
+from jaxlm.model.weights import Params
+from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.preference import records
-from jaxlm.preference.batches import PreferenceBatches, preference_batches
+from jaxlm.preference.batches import PreferenceBatches, placed, preference_batches
 from jaxlm.preference.config import PreferenceConfig
+from jaxlm.preference.heldout import PreferenceHeldout
 from jaxlm.preference.reference import reference_logprobs
 from jaxlm.preference.scoring import (
-    answer_logprobs,
     as_metrics,
-    pair_losses,
     piece_sums,
     reference_point,
-    weighted_sums,
 )
 from jaxlm.replay.blackbox import BlackBox
-from jaxlm.report import rankings as figures
-from jaxlm.reward.scoring import placed_batch
 from jaxlm.train import model_directory
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.finish import stopped_early, write_model
-from jaxlm.train.fit import require_batch_fits, require_model_fits
 from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
@@ -137,51 +132,6 @@ def _build(config: PreferenceConfig, mesh: Mesh, tuned: Tuned) -> Program:
     return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
 
 
-def placed(program: Program, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-    """What of a batch the program takes, on its mesh."""
-    return placed_batch(program.mesh, {name: batch[name] for name in program.abstract_batch if name != "base"}, rows)
-
-
-class Heldout:
-    """Held-out rankings: the figures of a state's parameters, or of their average if it has one."""
-
-    def __init__(
-        self, config: PreferenceConfig, program: Program, definition: Definition, batches: PreferenceBatches | None
-    ):
-        self.config, self.program, self.batches = config, program, batches
-
-        @functools.partial(jax.jit, out_shardings=sharding.replicated(program.mesh))
-        def measure(params: Params, batch: dict[str, jax.Array]) -> Any:
-            kl = reference_point(config, params, batch, definition, 1)
-            logprobs = answer_logprobs(params, batch, definition, config.loss_chunk_tokens)
-            made = pair_losses(config, logprobs, batch, kl)
-            return made.chosen, made.rejected, as_metrics(weighted_sums(made, logprobs, batch), batch["prompts"])
-
-        self.measure = measure
-
-    def results(self, state: TrainState) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, Any]]:
-        """(batch, implicit rewards of its better answers, those of its worse ones, its metrics)."""
-        for batch in self.batches.heldout(self.config.heldout_batches or None) if self.batches else ():
-            given = placed(self.program, batch, self.config.batch_rows // self.config.accumulate)
-            yield batch, *jax.device_get(self.measure(self.program.whole(state.ema or state.params), given))
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """eval/loss, eval/pair_accuracy, and the rewards and log-probabilities."""
-        found = list(self.results(state))
-        if not found:
-            return {}
-        named = metrics.values(functools.reduce(metrics.merge, (result[3] for result in found)))
-        pairs, _ = figures.gather(result[:3] for result in found)
-        values = {name.replace("preference/", "eval/"): value for name, value in named.items()}
-        del values["eval/accuracy"]  # of tokens, elsewhere; and of pairs, there is one for all alike
-        return values | {"eval/pair_accuracy": figures.accuracy(pairs).share}
-
-    def report(self, state: TrainState, encoder: records.Encoder) -> dict[str, Any]:
-        """What `figures.report` says of all held-out pairs; empty without any."""
-        found = [result[:3] for result in self.results(state)]
-        return figures.report(*figures.gather(found), encoder.criteria, encoder.names) if found else {}
-
-
 def read_batches(
     config: PreferenceConfig,
     mesh: Mesh,
@@ -232,7 +182,7 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         batches, heldout = read_batches(config, mesh, model, encoder, lambda: watchdog.enter("eval"), tuned)
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
         program = _build(config, mesh, tuned)
-        held = Heldout(config, program, tuned.measured, heldout)
+        held = PreferenceHeldout(config, program, tuned.measured, heldout)
         batches_from = lambda step, _: (placed(program, b, config.batch_rows) for _, b in batches.batches(step))
         other = tune(config, mesh, model, not model.config.scan_layers)
         task = Task(

@@ -22,18 +22,18 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Loader
 from jaxlm.evaluate.samples import with_samples
+from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
+from jaxlm.hub.finish import stopped_early, summary_of, write_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import active_parameters, define_model, flops_per_token
+from jaxlm.plan.depth import derive
+from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.routing import balance
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.depth import derive
-from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
-from jaxlm.train.finish import stopped_early, summary_of, write_model
-from jaxlm.train.fit import require_batch_fits, require_model_fits
 from jaxlm.train.loop import Task, compiled_step, global_batches, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
@@ -191,14 +191,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             steps=config.steps,
             weights=loader.weights,
             batches=global_batches(loader, mesh),
-            evaluate=with_samples(
-                measure,
-                config.sample_prompts,
-                config.model,
-                tokenizers.load(f"{config.data[0].path}/tokenizer"),
-                config.workdir,
-                config.row_length,
-            ),
+            evaluate=with_samples(measure, config, config.model, tokenizers.load(f"{config.data[0].path}/tokenizer")),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
             identity=run_identity(config, read_from, tokenizer=loader.tokenizer_hash),

@@ -13,37 +13,44 @@ the calibration, and the correlation of reward with length.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from jaxlm.adapters.training import Tuned, separated, whole, with_base
 from jaxlm.base import files, manifest, sharding
-from jaxlm.base.errors import ConfigError, JaxlmError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.feedback.records import RankingRecord
 from jaxlm.hub.find import find_model, inputs_of
+from jaxlm.hub.finish import stopped_early, write_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model, flops_per_token
-from jaxlm.model.weights import Definition, Params, initialize
+from jaxlm.model.weights import Params
+from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.preference import records
-from jaxlm.preference.ranked import PAIR_ARRAYS, Prompt, RankingBatches
+from jaxlm.preference.heldout import RankingHeldout
+from jaxlm.preference.ranked import PAIR_ARRAYS, ranking_batches
+from jaxlm.preference.records import reference_answers
+from jaxlm.preference.rewards import (
+    ROWS,
+    as_metrics,
+    centred,
+    first_params,
+    piece_sums,
+    placed_batch,
+    require_centred,
+    reward_shape,
+)
 from jaxlm.replay.blackbox import BlackBox
-from jaxlm.report import rankings as figures
 from jaxlm.reward import losses
 from jaxlm.reward.config import RewardConfig
-from jaxlm.reward.scoring import ROWS, mean_rewards, piece_sums, placed_batch, scores_of
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.finish import stopped_early, write_model
-from jaxlm.train.fit import require_batch_fits, require_model_fits
 from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
@@ -98,36 +105,6 @@ def train_step(
     return state, measured | norms
 
 
-def as_metrics(sums: losses.RankingSums, prompts: jax.Array) -> dict[str, Mean]:
-    weight = jnp.sum(sums.weight)
-    return {
-        "reward/loss": Mean(jnp.sum(sums.loss), prompts),
-        "reward/accuracy": Mean(jnp.sum(sums.correct), weight),
-        "reward/difference": Mean(jnp.sum(sums.difference), weight),
-        "reward/level": Mean(jnp.sum(sums.level), weight),
-    }
-
-
-def reward_shape(config: RewardConfig, model: ModelDirectory) -> Any:
-    if model.config.criteria not in ((), config.criteria):
-        raise ConfigError("criteria", f"the model scores {model.config.criteria}; take these, or a language model")
-    return dataclasses.replace(model.config, criteria=config.criteria)
-
-
-def first_params(config: RewardConfig, model: ModelDirectory, definition: Definition, placed: Any) -> Params:
-    """The model's own weights with new heads; all of a reward model's of the same criteria."""
-    if model.config.criteria:
-        return model.load_params(definition, placed)
-    shape = dataclasses.replace(model.config, scan_layers=_stacks(definition))
-    trunk = model.load_params(define_model(shape))
-    heads = jax.jit(lambda: {n: p for n, p in initialize(definition, config.seed).items() if n.startswith("score")})()
-    return jax.device_put({n: p for n, p in trunk.items() if n != "head"} | heads, placed)
-
-
-def _stacks(definition: Definition) -> bool:
-    return all(path[0] != "layers" for path, _ in definition)
-
-
 def build(config: RewardConfig, mesh: Mesh) -> Program:
     """The compiled-once step with pinned shardings, for a complete config; the model's weights are read later."""
     model = model_directory.read(find_model(config.model, "model"), verify=False)
@@ -151,68 +128,6 @@ def _build(config: RewardConfig, mesh: Mesh, tuned: Tuned) -> Program:
     batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)} | tuned.abstract()
     given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
     return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
-
-
-class Heldout:
-    """Held-out rankings: the figures of a state's parameters."""
-
-    def __init__(self, config: RewardConfig, program: Program, definition: Definition, batches: RankingBatches | None):
-        self.config, self.program, self.batches = config, program, batches
-        whole = sharding.replicated(program.mesh)
-
-        @functools.partial(jax.jit, out_shardings=whole)
-        def measure(params: Params, batch: dict[str, jax.Array]) -> Any:
-            scores = scores_of(params, batch, definition)
-            criterion = batch["criterion"]
-            return (
-                scores[batch["better"], criterion],
-                scores[batch["worse"], criterion],
-                piece_sums(params, batch, definition, 0.0),
-            )
-
-        self.measure = measure
-
-    def results(self, state: TrainState) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, float]]:
-        """(batch, rewards of its better answers, those of its worse ones, its summed loss); of the average if any."""
-        for batch in self.batches.heldout(self.config.heldout_batches or None) if self.batches else ():
-            placed = placed_batch(self.program.mesh, batch, self.config.batch_rows // self.config.accumulate)
-            better, worse, sums = jax.device_get(self.measure(self.program.whole(state.ema or state.params), placed))
-            yield batch, better, worse, float(sums.loss.sum())
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """eval/loss and eval/pair_accuracy."""
-        found = list(self.results(state))
-        if not found:
-            return {}
-        pairs, _ = figures.gather(result[:3] for result in found)
-        loss = sum(result[3] for result in found) / sum(float(result[0]["prompts"]) for result in found)
-        return {"eval/loss": loss, "eval/pair_accuracy": figures.accuracy(pairs).share}
-
-    def report(self, state: TrainState, encoder: records.Encoder) -> dict[str, Any]:
-        """What `figures.report` says of all held-out pairs; empty without any."""
-        found = [result[:3] for result in self.results(state)]
-        return figures.report(*figures.gather(found), self.config.criteria, encoder.names) if found else {}
-
-
-def centred(
-    params: Params, config: RewardConfig, definition: Definition, answers: Sequence[np.ndarray]
-) -> tuple[Params, list[float]]:
-    """Parameters whose mean reward over the reference answers is 0, by their bias; and what it was before."""
-    before = mean_rewards(definition, params, answers, config.row_length, config.batch_rows)
-    bias = params["score_bias"]
-    moved = jax.device_put(np.asarray(bias) - before.astype(np.float32), bias.sharding)
-    return params | {"score_bias": moved}, before.tolist()
-
-
-def require_centred(config: RewardConfig, definition: Definition, answers: Sequence[np.ndarray], mesh: Mesh) -> None:
-    """Reads the model back and measures; Raises JaxlmError where the mean is not 0."""
-    stored = model_directory.read(f"{config.workdir}/model")
-    with jax.set_mesh(mesh):
-        params = stored.load_params(definition, definition.shardings(mesh))
-        mean = mean_rewards(definition, params, answers, config.row_length, config.batch_rows)
-    # The hidden states are computed in the compute type, alike before and after; the bias is added in float32.
-    if np.abs(mean).max() > 1e-3:
-        raise JaxlmError(f"{stored.folder}: the mean reward of the reference answers is {mean}, not 0, after reading")
 
 
 def main(config: RewardConfig) -> dict[str, Any]:
@@ -242,7 +157,7 @@ def main(config: RewardConfig) -> dict[str, Any]:
         )
         tuned, shape = tune(config, mesh, model, model.config.scan_layers), reward_shape(config, model)
         program, definition = _build(config, mesh, tuned), define_model(shape)
-        held = Heldout(config, program, tuned.measured, heldout)
+        held = RankingHeldout(config, program, tuned.measured, heldout)
         batches_from = lambda step, _: (placed_batch(mesh, b, config.batch_rows) for _, b in batches.batches(step))
         other = tune(config, mesh, model, not model.config.scan_layers)
         task = Task(
@@ -291,35 +206,3 @@ def main(config: RewardConfig) -> dict[str, Any]:
         )
         require_centred(config, definition, reference, mesh)
     return summary
-
-
-def ranking_batches(config: RewardConfig, prompts: Sequence[Prompt], mesh: Mesh, pieces: int) -> RankingBatches:
-    """Of whole global batches in `pieces`; 0: of batches as large as a piece, to measure."""
-    rows, pairs = config.batch_rows, config.batch_pairs
-    if not pieces:
-        rows, pairs = rows // config.accumulate, pairs // config.accumulate
-    own = sharding.own_rows(mesh, rows)
-    return RankingBatches(
-        prompts,
-        rows=rows,
-        row_length=config.row_length,
-        pairs=pairs,
-        seed=config.seed,
-        pieces=pieces or 1,
-        own=own,
-    )
-
-
-def reference_answers(
-    config: RewardConfig, given: Sequence[RankingRecord], prompts: Sequence[Prompt]
-) -> list[np.ndarray]:
-    """The first answers of `reference_policy`, or of all, that fit into a row."""
-    found = [
-        answer
-        for record, prompt in zip(given, prompts, strict=True)
-        for completion, answer in zip(record.completions, prompt.answers, strict=True)
-        if config.reference_policy in ("", completion.policy) and len(answer) <= config.row_length
-    ]
-    if not found:
-        raise ConfigError("reference_policy", f"no answer is of policy {config.reference_policy!r}")
-    return found[: config.reference_answers]

@@ -28,6 +28,7 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
+from jaxlm.hub.finish import stopped_early, write_model
 from jaxlm.model.lora import trained
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
@@ -65,7 +66,6 @@ from jaxlm.text import readers
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import PlateauConfig
-from jaxlm.train.finish import stopped_early, write_model
 from jaxlm.train.loop import Task, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate

@@ -29,19 +29,19 @@ from jaxlm.base.metrics import Mean
 from jaxlm.data import chats
 from jaxlm.data.loader import Loader
 from jaxlm.evaluate.samples import with_samples
+from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
+from jaxlm.hub.finish import stopped_early, summary_of, write_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import flops_per_token
+from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.routing import balance
 from jaxlm.stages.config import SFTConfig
 from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.evaluation import HeldoutSet, evaluator, has_heldout
-from jaxlm.train.finish import stopped_early, summary_of, write_model
-from jaxlm.train.fit import require_batch_fits, require_model_fits
 from jaxlm.train.loop import Task, compiled_step, global_batches, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
@@ -186,16 +186,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             steps=config.steps,
             weights=loader.weights,
             batches=with_base(global_batches(loader, mesh), program.base()),
-            evaluate=with_samples(
-                measure,
-                config.sample_prompts,
-                tuned.config,
-                model.tokenizer(),
-                config.workdir,
-                config.row_length,
-                template,
-                program.whole,
-            ),
+            evaluate=with_samples(measure, config, tuned.config, model.tokenizer(), template, program.whole),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(tuned.config, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),

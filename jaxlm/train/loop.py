@@ -30,7 +30,6 @@ from jaxlm.train import throughput
 from jaxlm.train.checkpoint import Checkpointer, Restored
 from jaxlm.train.config import LoopConfig, PlateauConfig
 from jaxlm.train.goodput import Ledger
-from jaxlm.train.maintenance import notices
 from jaxlm.train.metrics_writer import MetricsWriter
 from jaxlm.train.plateau import stopped_falling
 from jaxlm.train.processes import agreed
@@ -122,7 +121,7 @@ def train(task: Task, config: LoopConfig, workdir: str, watchdog: Watchdog) -> O
     program = task.program
     # Before the mesh is set: on CPU the peak is measured with a product on one device.
     peak = throughput.peak_flops_per_second(program.mesh.devices.size, task.model.compute)
-    with jax.set_mesh(program.mesh), stop_on_signals() as stop, notices(stop):
+    with jax.set_mesh(program.mesh), stop_on_signals() as stop:
         stacked = {"stacked": task.model.scan_layers}
         checkpoints = Checkpointer(f"{workdir}/checkpoints", config.checkpoint, identity=task.identity, layout=stacked)
         restored = restore(checkpoints, task)

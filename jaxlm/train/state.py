@@ -158,5 +158,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 def convert_layout(tree: Any, config: ModelConfig, stacked: bool) -> Any:
     """A state with its layers stacked or unrolled: parameters, averages and moments alike."""
     turn = layout.stack if stacked else layout.unroll
-    is_model = lambda x: isinstance(x, dict) and not x.keys().isdisjoint(("embedding", "layers", "lead", "stack", "tail"))
+    is_model = lambda x: (
+        isinstance(x, dict) and not x.keys().isdisjoint(("embedding", "layers", "lead", "stack", "tail"))
+    )
     return jax.tree.map(lambda x: turn(x, config) if is_model(x) else x, tree, is_leaf=is_model)

@@ -18,13 +18,13 @@ from jaxlm.model.config import ExpertsConfig, ModelConfig
 from jaxlm.model.experts import Routing
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize
+from jaxlm.plan.fit import require_model_fits
 from jaxlm.routing import balance
 from jaxlm.routing.config import RoutingConfig
 from jaxlm.stages import pretrain, sft
 from jaxlm.stages.config import PretrainConfig, SFTConfig
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train.config import OptimizerConfig, ScheduleConfig
-from jaxlm.train.fit import require_model_fits
 from jaxlm.train.state import convert_layout
 
 B, S, V, E = 8, 16, 64, 4

@@ -17,8 +17,8 @@ from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
 from jaxlm.model.config import LoRAConfig
 from jaxlm.model.transformer import define_model
+from jaxlm.preference.rewards import mean_rewards
 from jaxlm.reward.config import AnnotatorWeight, RankingSource, RewardConfig
-from jaxlm.reward.scoring import mean_rewards
 from jaxlm.stages import reward
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory

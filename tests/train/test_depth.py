@@ -4,7 +4,7 @@ import pytest
 
 from jaxlm.base.errors import ConfigError
 from jaxlm.model.config import ModelConfig
-from jaxlm.train.depth import derive, matrix_parameters, round_log2
+from jaxlm.plan.depth import derive, matrix_parameters, round_log2
 
 
 def dial(depth, **given):

@@ -1,21 +1,21 @@
 """A cloud's notice ends a run as a signal does: saved, exit code 75. The metadata server here is one of our own."""
 
-import contextlib
 import http.server
+import re
+import signal
 import threading
 import time
 
 import pytest
 
+from jaxlm import maintenance
+from jaxlm.__main__ import run
 from jaxlm.base.errors import Interrupted
 from jaxlm.data.config import MixtureSource
+from jaxlm.maintenance import notices
 from jaxlm.model.config import ModelConfig
-from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig
-from jaxlm.train import maintenance
 from jaxlm.train.config import LoopConfig, ScheduleConfig
-from jaxlm.train.maintenance import notices
-from jaxlm.train.signals import Stop
 
 
 @pytest.fixture
@@ -44,44 +44,57 @@ def values(monkeypatch):
     thread.join()
 
 
-def requested(stop: Stop, within: float) -> bool:
+@pytest.fixture
+def signals(monkeypatch):
+    """What the process would have been sent."""
+    sent = []
+    monkeypatch.setattr(maintenance.os, "kill", lambda process, number: sent.append(number))
+    return sent
+
+
+def seen(signals: list, within: float) -> list:
     end = time.monotonic() + within
-    while not stop.requested and time.monotonic() < end:
+    while not signals and time.monotonic() < end:
         time.sleep(0.01)
-    return stop.requested
+    return signals
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [("instance/maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("instance/preempted", "TRUE")],
 )
-def test_a_notice_requests_a_stop_and_quiet_does_not(values, path, value):
-    stop = Stop()
-    with notices(stop):
-        assert not requested(stop, 0.3)
+def test_a_notice_is_a_signal_and_quiet_is_none(values, signals, path, value):
+    with notices():
+        assert not seen(signals, 0.3)
         values[path] = value
-        assert requested(stop, 5)
-        assert stop.signal == value
+        assert seen(signals, 5) == [signal.SIGTERM]
 
 
-def test_a_server_that_lacks_a_key_or_is_gone_requests_nothing(values, monkeypatch):
-    stop = Stop()
+def test_a_notice_that_stands_already_does_not_end_every_start(values, signals):
+    values["instance/maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
+    with notices():
+        assert not seen(signals, 0.3)
+        values["instance/preempted"] = "TRUE"
+        assert seen(signals, 5) == [signal.SIGTERM]
+
+
+def test_a_server_that_lacks_a_key_or_is_gone_sends_nothing(values, signals, monkeypatch):
     values.clear()
-    with notices(stop):
-        assert not requested(stop, 0.3)
+    with notices():
+        assert not seen(signals, 0.3)
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
-    with notices(stop):
-        assert not requested(stop, 0.3)
+    with notices():
+        assert not seen(signals, 0.3)
 
 
 def test_nobody_is_asked_on_a_machine_of_another_kind(monkeypatch):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     before = threading.active_count()
-    with notices(Stop()):
+    with notices():
         assert threading.active_count() == before
 
 
-def test_a_run_saves_and_says_how_long_it_took(values, packed_rows, tmp_path, monkeypatch):
+def test_a_run_saves_and_says_how_long_it_took(values, packed_rows, tmp_path):
     config = PretrainConfig(
         workdir=str(tmp_path / "run"),
         data=(MixtureSource(path=packed_rows),),
@@ -91,14 +104,19 @@ def test_a_run_saves_and_says_how_long_it_took(values, packed_rows, tmp_path, mo
         schedule=ScheduleConfig(peak=1e-2, warmup_steps=2),
         loop=LoopConfig(evaluate_every_steps=10**6),
     )
-    timer = threading.Timer(2.0, values.update, [{"instance/maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}])
-    timer.start()
-    with contextlib.ExitStack() as stack:
-        stack.callback(timer.join)
-        with pytest.raises(
-            Interrupted, match=r"saved at step \d+ of 1000000, \d\.\d s after it was asked to stop"
-        ) as ended:
-            pretrain.main(config)
+    metrics = tmp_path / "run/metrics.jsonl"
+
+    def announce():
+        while not metrics.exists() or not metrics.read_text():
+            time.sleep(0.02)
+        values["instance/maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+
+    announcing = threading.Thread(target=announce)
+    announcing.start()
+    said = r"saved at step (\d+) of 1000000, \d\.\d s after it was asked to stop"
+    with pytest.raises(Interrupted, match=said) as ended:
+        run("pretrain", config)
+    announcing.join()
     assert ended.value.exit_code == 75
-    step = str(ended.value).split("step ")[1].split()[0]
+    step = re.search(said, str(ended.value))[1]
     assert (tmp_path / "run/checkpoints" / step / "manifest.json").exists()

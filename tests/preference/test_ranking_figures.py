@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from jaxlm.preference import figures
+from jaxlm.preference.figures import Answers, Pairs, Share
 from jaxlm.preference.ranked import Pair, Prompt, RankingBatches
-from jaxlm.report import rankings as figures
-from jaxlm.report.rankings import Answers, Pairs, Share
 
 
 def pairs_of(difference, **columns):

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import signal
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 import jax
 
 from jaxlm.base.logging import logger
-from jaxlm.train.signals import Stop
 
 POLL_SECONDS = 5.0  # a notice comes 30 seconds (preemption) to an hour (maintenance of a TPU host) ahead
 # https://cloud.google.com/compute/docs/metadata/predefined-metadata-keys: path → its value as long as all is well.
@@ -18,24 +18,30 @@ QUIET = {"instance/maintenance-event": "NONE", "instance/preempted": "FALSE"}
 
 
 @contextlib.contextmanager
-def notices(stop: Stop) -> Iterator[None]:
-    """Requests a stop at the first notice, as SIGTERM does, from a thread that ends with the block.
+def notices() -> Iterator[None]:
+    """Sends this process a SIGTERM at the first new notice, from a thread that ends with the block.
 
     On TPUs, and wherever GCE_METADATA_HOST names the server (as Google's own libraries have it); TPU_SKIP_MDS_QUERY
-    says that there is none.
+    says that there is none. A notice that stands already when the run begins is told and not obeyed: what comes is
+    known, and every start would end at once.
     """
     host = os.environ.get("GCE_METADATA_HOST", "")
     if not host and (jax.default_backend() != "tpu" or os.environ.get("TPU_SKIP_MDS_QUERY")):
         yield
         return
+    host = host or "metadata.google.internal"
     ended = threading.Event()
+    standing = {path: read(host, path) for path in QUIET}
+    for path, found in standing.items():
+        if found not in ("", QUIET[path]):
+            logger.warning("%s is %s already; goes on until the machine is taken", path, found)
 
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
             for path, quiet in QUIET.items():
-                if (found := read(host or "metadata.google.internal", path)) not in ("", quiet):
-                    logger.warning("%s: %s: saving after this step, then stopping", path, found)
-                    stop.request(found)
+                if (found := read(host, path)) not in ("", quiet, standing[path]):
+                    logger.warning("%s: %s", path, found)
+                    os.kill(os.getpid(), signal.SIGTERM)
                     return
 
     thread = threading.Thread(target=watch, name="maintenance", daemon=True)
