@@ -180,7 +180,7 @@ def test_cut_off_answers(kind, amount):
     np.testing.assert_allclose(found.advantages[:, 0], expected, atol=1e-5)
 
 
-def recorded(policy: TrainState, value: Any, examples: Any, rows: dict) -> Any:
+def recorded(policy: TrainState, value: Any, examples: Any, rows: dict, frozen=None) -> Any:
     """An update that notes which answers it was given, and changes nothing else."""
     noted = policy.optimizer.at[policy.step].set(examples.rollout.scores)
     skipped = policy.skipped + jnp.any(jnp.isnan(examples.rollout.scores)).astype(jnp.int32)
