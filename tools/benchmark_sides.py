@@ -197,7 +197,11 @@ def reference_decoding() -> Callable[[], None]:
         return jax.lax.scan(token, (logits[:, -1], cache), jnp.arange(PROMPT, T))[1]
 
     key = jax.random.key(0)
-    return lambda: jax.block_until_ready(decode(weights, jnp.array(prompts()), key))
+
+    def run() -> None:
+        jax.block_until_ready(decode(weights, jnp.array(prompts()), key))
+
+    return run
 
 
 TOKENS = {"train": B * S, "decode": B * NEW, "overhead": LOOP_STEPS * B * S}
