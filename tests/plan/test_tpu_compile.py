@@ -75,6 +75,7 @@ def test_the_demos_step(demo, topology):
 @pytest.mark.parametrize(
     ("topology", "mesh"),
     [
+        ("v5e:4x4", MeshConfig(data=1, fsdp=16)),
         ("v5e:4x4", MeshConfig(data=1, fsdp=8, tensor=2)),
         ("v5p:2x2x2", MeshConfig(data=1, fsdp=8)),
     ],

@@ -106,10 +106,9 @@ def test_killed_at_random_moments_is_the_same_as_never_killed(runner, never_stop
 def test_two_processes_learn_what_one_learns_and_write_once(runner, never_stopped):
     whole, stopped = runner.root / "two", runner.root / "two-stopped"
     runner.run(whole, processes=2)
-    if runner.stage == "sft":  # stopping and going on is the loop's: pretrain and rl are tested too
-        runner.run(stopped, "--config.loop.stop_at_step=10", processes=2)
-        runner.run(stopped, processes=2)
-        assert_same_run(stopped, whole, STEPS)
+    runner.run(stopped, "--config.loop.stop_at_step=10", processes=2)
+    runner.run(stopped, processes=2)
+    assert_same_run(stopped, whole, STEPS)
     wanted = {"train/loss", "reward/loss", "reward/accuracy", "preference/loss", "preference/kl", "train/gradient_norm"}
     shared = set(lines_of(whole)[0]) & wanted
     assert len(shared) >= 2
