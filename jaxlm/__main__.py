@@ -11,8 +11,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm import config_files
 from jaxlm.base import config as configs
-from jaxlm.base import config_files
 from jaxlm.base.errors import JaxlmError, UserError, nearest, out_of_room
 
 
@@ -179,7 +179,8 @@ def changes(config: configs.StageConfig) -> list[tuple[str, Any, Any]]:
 
 def run(name: str, config: configs.StageConfig) -> None:
     """Runs a stage in this process, or as one of several processes where the surroundings say so."""
-    from jaxlm.base import devices, logging
+    from jaxlm import devices
+    from jaxlm.base import logging
     from jaxlm.maintenance import notices
 
     alone = UserError(f"{name}: runs in one process only; several can share {', '.join(PARALLEL)}")

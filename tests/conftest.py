@@ -16,7 +16,8 @@ import jax
 import jaxtyping
 import pytest
 
-from jaxlm.base import devices, logging
+from jaxlm import devices
+from jaxlm.base import logging
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

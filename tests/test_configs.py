@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.__main__ import load_stage
-from jaxlm.base.config_files import load_config_file
+from jaxlm.config_files import load_config_file
 from jaxlm.stages.config import RunConfig
 
 ROOT = Path(__file__).parent.parent

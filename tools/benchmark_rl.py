@@ -38,9 +38,9 @@ from jax.sharding import Mesh
 
 from jaxlm.base import sharding
 from jaxlm.base.config import StageConfig
-from jaxlm.base.config_files import load_config_file
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.logging import progress
+from jaxlm.config_files import load_config_file
 from jaxlm.data.config import ChatSource
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model

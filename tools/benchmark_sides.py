@@ -218,7 +218,7 @@ SIDES = {
 def main() -> None:
     what, side = sys.argv[1:]
     if side != "reference":
-        from jaxlm.base import devices
+        from jaxlm import devices
 
         devices.start()
     run = SIDES[what, side]()

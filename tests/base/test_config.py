@@ -9,8 +9,8 @@ import pytest
 from jaxlm.__main__ import STAGES, config_class
 from jaxlm.base import config as configs
 from jaxlm.base.config import MeshConfig, StageConfig, check
-from jaxlm.base.config_files import load_config_file
 from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.config_files import load_config_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.base.config_files import load_config_file
 from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.config_files import load_config_file
 from jaxlm.data.config import ChatSource
 from jaxlm.demo import questions
 from jaxlm.feedback import rankings as feedback

@@ -12,8 +12,8 @@ import pytest
 
 from jaxlm.__main__ import make_config
 from jaxlm.base.config import MeshConfig
-from jaxlm.base.config_files import load_config_file
 from jaxlm.base.sharding import make_mesh
+from jaxlm.config_files import load_config_file
 from jaxlm.model.config import ExpertsConfig, ModelConfig
 from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig

@@ -131,7 +131,7 @@ def test_the_watchdog_ends_a_run_whose_data_never_comes(config, packed_rows, tmp
     script = tmp_path / "hang.py"
     script.write_text(f"""
 import sys, time
-from jaxlm.base import devices
+from jaxlm import devices
 devices.start()
 from jaxlm.report import page as report
 from jaxlm.stages import pretrain

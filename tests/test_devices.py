@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from jaxlm import __main__
-from jaxlm.base import devices
+from jaxlm import __main__, devices
 from jaxlm.base.errors import UserError
 from jaxlm.stages.config import PretrainConfig, RunConfig
 from jaxlm.train.config import LoopConfig
@@ -71,7 +70,7 @@ def test_a_tpu_vm_asks_its_metadata_server_unless_told_not_to(surroundings):
 FAULTS = """
 import resource
 from jaxlm import __main__
-from jaxlm.base import devices
+from jaxlm import devices
 devices.keep_memory()
 import jax, jax.numpy as jnp
 @jax.jit
