@@ -54,12 +54,15 @@ class PreferenceBatches(RankingBatches):
     (256,)
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, others: bool, row_length: int, **batch: Any):
-        """`prompts` have their answers' targets; `others`: with answers to other prompts. The rest: `RankingBatches`.
+    def __init__(
+        self, prompts: Sequence[Prompt], *, others: bool, row_length: int, avoid: Sequence[str] = (), **batch: Any
+    ):
+        """`prompts` have their answers' targets; `others`: with answers to other prompts, but not those named in
+        `avoid`. The rest: `RankingBatches`.
 
         Raises UserError where all are of one prompt, so that there is no other.
         """
-        found = strangers(prompts, row_length) if others else []
+        found = strangers(prompts, row_length, avoid) if others else []
         placed = [fitted(*both) for both in zip(prompts, found, strict=True)] if others else prompts
         super().__init__(placed, row_length=row_length, **batch)
         self.others = [found[number] for number in self.kept] if others else []
@@ -89,7 +92,7 @@ class PreferenceBatches(RankingBatches):
         whole = np.zeros((self.shape.rows * A, self.shape.row_length), kind)
         for a, placed in enumerate(batch):
             for number, places in placed:
-                for answer, (row, start) in places.items():
+                for answer, (row, start) in places.items() if self.prompts[number].pairs else ():
                     found = values[number][answer]
                     whole[row * A + a, start : start + len(found)] = found
         return whole[list(self.own)]
@@ -109,22 +112,21 @@ class PreferenceBatches(RankingBatches):
         return made
 
 
-def strangers(prompts: Sequence[Prompt], row_length: int) -> list[Sequences]:
+def strangers(prompts: Sequence[Prompt], row_length: int, avoid: Sequence[str] = ()) -> list[Sequences]:
     """For every answer: its own prompt, followed by an answer to another one, cut at the row's end.
 
     The other prompt is the one before it that has pairs, so that it stays the same from epoch to epoch, and the
     reference has to be asked once; all of that one's compared answers come, each as often as the others.
     """
     asked = [number for number, prompt in enumerate(prompts) if prompt.pairs]
-    names = {prompts[number].name for number in asked}
+    names = {prompts[number].name for number in asked} - {*avoid}
     if len(names) < 2:
         raise UserError(f"sources: kto compares with answers to other prompts, and there are {len(names)} prompts")
     made = [Sequences(prompt.answers, prompt.targets) for prompt in prompts]
     for at, number in enumerate(asked):
         prompt = prompts[number]
-        before = next(
-            prompts[asked[at - back]] for back in range(1, len(asked)) if prompts[asked[at - back]].name != prompt.name
-        )
+        earlier = (prompts[asked[at - back]] for back in range(1, len(asked)))
+        before = next(other for other in earlier if other.name not in (prompt.name, *avoid))
         compared = sorted({answer for pair in before.pairs for answer in (pair.better, pair.worse)})
         given = [compared[k % len(compared)] for k in range(len(prompt.answers))]
         both = [
@@ -162,12 +164,14 @@ def preference_batches(
     return PreferenceBatches(
         prompts,
         others=config.kto is not None,
+        avoid=config.exclude,
         rows=rows,
         row_length=config.row_length,
         pairs=pairs,
         seed=config.seed,
         pieces=pieces or 1,
         own=sharding.own_rows(mesh, rows),
+        exclude=config.exclude if pieces else (),
     )
 
 

@@ -83,6 +83,7 @@ class PreferenceConfig(StageConfig):
     """Trains a policy on people's rankings of answers, without a reward model."""
 
     stage: ClassVar[str] = "preference"
+    changeable_fields: ClassVar[tuple[str, ...]] = ("exclude",)
     runtime_fields: ClassVar[tuple[str, ...]] = (
         "workdir",
         "name",
@@ -99,6 +100,9 @@ class PreferenceConfig(StageConfig):
     """The rankings or pairs; at least one source of the split train."""
     max_bad_share: float = 0.01
     """The stage refuses when more than this share of any source's records is bad."""
+    exclude: tuple[str, ...] = ()
+    """Prompts to leave out, by their records' prompt_id, as a bad step's blackbox/STEP/record.json names them: they
+    become padding in their place, all else stays where it is. A stopped run goes on with others."""
     criterion: str = "overall"
     """Which of the records' rankings to learn."""
     annotators: tuple[AnnotatorWeight, ...] = ()

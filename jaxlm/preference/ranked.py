@@ -14,15 +14,15 @@ import functools
 import math
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import grain
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.base import sharding
-from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.base.errors import ConfigError, UserError, nearest
 from jaxlm.data import rows
 from jaxlm.data.prefetch import prefetched
 from jaxlm.data.rows import Piece
@@ -97,12 +97,13 @@ class RankingBatches:
         pieces: int = 1,
         own: Sequence[int] | None = None,
         prefetch: int = 2,
+        exclude: Collection[str] = (),
     ):
         """A batch has `rows` rows of `row_length` tokens and room for `pairs` pairs.
 
         It can be worked off in `pieces` A, of which piece a has the rows and pairs a, a + A, …, as
         `train/update.gradients_in_pieces` takes them; pairs point into their own piece. `own`: which rows of a batch
-        to make; None: all. `prefetch` counts batches.
+        to make; None: all. `prefetch` counts batches. `exclude`: names of prompts that are padding in their place.
 
         Prompts that cannot train are left out; `dropped` has their names by reason. Raises UserError when none is
         left, and ValueError for prompts that are none.
@@ -124,8 +125,14 @@ class RankingBatches:
                 self.dropped.setdefault(reason, []).append(prompt.name)
             else:
                 self.kept.append(number)
-        self.prompts = [prompts[number] for number in self.kept]
-        if not self.prompts:
+        self.planned = [prompts[number] for number in self.kept]
+        """What batches are planned with: all else stays where it is when a prompt is excluded."""
+        self.prompts = [p._replace(pairs=()) if p.name in exclude else p for p in self.planned]
+        """What they are filled with: an excluded one has no pairs."""
+        if unknown := {*exclude} - {prompt.name for prompt in prompts}:
+            name = min(unknown)
+            raise ConfigError("exclude", f"no prompt is named {name!r}{nearest(name, [p.name for p in prompts[:999]])}")
+        if not any(prompt.pairs for prompt in self.prompts):
             counts = ", ".join(f"{len(names)} {reason}" for reason, names in self.dropped.items())
             raise UserError(f"no prompt is left whose answers can be compared: {counts or 'there are none'}")
         self.seed, self.prefetch = seed, prefetch
@@ -137,6 +144,12 @@ class RankingBatches:
         """The arrays of `fill`."""
         epoch, number = self.locate(step)
         return self.arrays(self._plan(epoch)[number])
+
+    def described(self, step: int, history: Any = ()) -> list[dict[str, str]]:
+        """The prompts of a step's batch."""
+        epoch, number = self.locate(step)
+        placed = [prompt for piece in self._plan(epoch)[number] for prompt, _ in piece]
+        return [{"prompt": self.prompts[prompt].name} for prompt in placed if self.prompts[prompt].pairs]
 
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start_step` on, without end, made ahead in a thread."""
@@ -168,12 +181,12 @@ class RankingBatches:
 
     def _epoch(self, epoch: int) -> list[list[list[Placed]]]:
         seed = zlib.crc32(f"rankings/{self.seed}/{epoch}".encode())
-        order = cast(Sequence[int], grain.MapDataset.range(len(self.prompts)).shuffle(seed=seed))
+        order = cast(Sequence[int], grain.MapDataset.range(len(self.planned)).shuffle(seed=seed))
         return self._planned(order[i] for i in range(len(order)))
 
     def _planned(self, order: Iterable[int]) -> list[list[list[Placed]]]:
         """Batches of pieces of prompts; the last one may lack pieces."""
-        made = plan(self.prompts, order, self.shape)
+        made = plan(self.planned, order, self.shape)
         return [made[first : first + self.pieces] for first in range(0, len(made), self.pieces)]
 
     def arrays(self, batch: list[list[Placed]]) -> dict[str, np.ndarray]:
@@ -284,7 +297,7 @@ def fill(
     better_tokens, worse_tokens    int32 [R], length of each answer, without the prompt
     prompts                        float32 [], how many there are, each with signal
     """
-    A = len(pieces)
+    A, signal = len(pieces), 0
     contents: list[list[Piece]] = [[] for _ in range(shape.rows * A)]
     batch = {name: np.zeros(shape.pairs * A, kind) for name, kind in PAIR_ARRAYS.items()}
     for a, placed in enumerate(pieces):
@@ -292,12 +305,14 @@ def fill(
         for number, places in placed:
             for answer, (row, _) in places.items():
                 contents[row * A + a].append(Piece(prompts[number].answers[answer], number))
+            signal += bool(prompts[number].pairs)
             pairs += _pair_values(prompts[number], places, shape.row_length)
         for array, column in zip(batch.values(), zip(*pairs, strict=True), strict=bool(pairs)):
             array[a::A][: len(pairs)] = column
-    made = [rows.expand(contents[row], shape.row_length, pad_id=0) for row in own]
+    out = [[not prompts[piece.document].pairs for piece in row] for row in contents]
+    made = [rows.expand(contents[row], shape.row_length, pad_id=0, excluded=out[row]) for row in own]
     batch |= {name: np.stack([row[name] for row in made]) for name in ("ids", "segment_ids", "positions")}
-    return batch | {"prompts": np.array(sum(map(len, pieces)), np.float32)}
+    return batch | {"prompts": np.array(signal, np.float32)}
 
 
 def _pair_values(prompt: Prompt, places: dict[int, Place], row_length: int) -> Iterator[tuple[float, ...]]:
@@ -327,4 +342,5 @@ def ranking_batches(config: RewardConfig, prompts: Sequence[Prompt], mesh: Mesh,
         seed=config.seed,
         pieces=pieces or 1,
         own=own,
+        exclude=config.exclude if pieces else (),
     )

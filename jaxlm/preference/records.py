@@ -134,6 +134,7 @@ def reference_answers(
         for record, prompt in zip(given, prompts, strict=True)
         for completion, answer in zip(record.completions, prompt.answers, strict=True)
         if config.reference_policy in ("", completion.policy) and len(answer) <= config.row_length
+        if prompt.name not in config.exclude
     ]
     if not found:
         raise ConfigError("reference_policy", f"no answer is of policy {config.reference_policy!r}")

@@ -41,6 +41,7 @@ class RewardConfig(StageConfig):
     """Trains a reward model on people's rankings of answers."""
 
     stage: ClassVar[str] = "reward"
+    changeable_fields: ClassVar[tuple[str, ...]] = ("exclude",)
     runtime_fields: ClassVar[tuple[str, ...]] = ("workdir", "name", "model", "mesh", "loop")
 
     model: str = ""
@@ -49,6 +50,9 @@ class RewardConfig(StageConfig):
     """The rankings; at least one source of the split train."""
     max_bad_share: float = 0.01
     """The stage refuses when more than this share of any source's records is bad."""
+    exclude: tuple[str, ...] = ()
+    """Prompts to leave out, by their records' prompt_id, as a bad step's blackbox/STEP/record.json names them: they
+    become padding in their place, all else stays where it is. A stopped run goes on with others."""
     criteria: tuple[str, ...] = ("overall",)
     """Criteria to learn, each with a scalar head of its own."""
     annotators: tuple[AnnotatorWeight, ...] = ()

@@ -198,7 +198,7 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
             flops_per_token=flops_per_token(tuned.config, config.row_length),
             identity=run_identity(config, read_from, chat_template=template.hash),
             plateau=config.plateau,
-            black_box=BlackBox(config, program),
+            black_box=BlackBox(config, program, batches.described),
             best_metric="eval/loss",
             headline=lambda v: f"loss {v['preference/loss']:.4f}  accuracy {v['preference/accuracy']:.3f}",
         )

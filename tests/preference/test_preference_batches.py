@@ -142,3 +142,17 @@ def test_pieces_hold_whole_prompts_and_point_into_themselves():
     for mine, all_rows in zip(some.heldout(), made(rows=4, pairs=8, others=True, row_length=12).heldout(), strict=True):
         for name in ("ids", "loss_mask", "other_ids", "other_mask"):
             np.testing.assert_array_equal(mine[name], all_rows[name][[1, 3]])
+
+
+def test_an_excluded_prompt_has_no_tokens_and_answers_nobody():
+    batches = made(others=True, rows=4, row_length=12, exclude=["p2"], avoid=["p2"])
+    whole = made(others=True, rows=4, row_length=12)
+    assert [x.tolist()[PREFIX:] for x in batches.others[2].ids] == [[1001], [1101, 1102, 1103]]
+    batches.reference = whole.reference = Reference(-np.arange(7, dtype=np.float32), np.arange(7, dtype=np.float32))
+    for batch, before in zip(batches.heldout(), whole.heldout(), strict=True):
+        out = before["ids"] // 1000 == 2
+        assert not (batch["loss_mask"] | batch["other_mask"])[out].any()
+        assert not batch["segment_ids"][out].any()
+        kept = [k for k in range(6) if before["weight"][k] and before["better_answer"][k] not in (3, 4)]
+        for name in ("better_answer", "worse_answer", "better_reference", "worse_reference", "better_tokens"):
+            assert batch[name][: len(kept)].tolist() == before[name][kept].tolist()

@@ -324,3 +324,32 @@ def test_one_batch_its_pieces_and_its_prompts_one_by_one_are_the_same(params, pr
     singles = [only(made([prompt], rows=16, row_length=24, pairs=64), 1) for prompt in prompts]
     for other in (in_pieces, jax.tree.map(lambda *x: sum(x), *singles)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, whole)
+
+
+def test_an_excluded_prompt_is_padding_in_its_place():
+    prompts = [ranked(number, [3, 2, 4][: 2 + number % 2]) for number in range(1, 9)]
+    whole, without = made(prompts, rows=2), made(prompts, rows=2, exclude=["p3", "p6"])
+    assert whole.first_step(2) == without.first_step(2) > 4
+    met = []
+    for step in range(whole.first_step(2)):
+        before, after = whole.batch(step), without.batch(step)
+        out = np.isin(before["ids"] // 1000, [3, 6])
+        met += [prompt["prompt"] for prompt in without.described(step)]
+        assert (after["segment_ids"] == np.where(out, 0, before["segment_ids"])).all()
+        assert (after["ids"] == np.where(out, 0, before["ids"])).all()
+        gone = [number for number in numbers(before) if number in (3, 6)]
+        assert after["prompts"] == before["prompts"] - len(gone)
+        # The others' pairs, in their order, point to where they did.
+        kept = [k for k in range(8) if before["weight"][k] and not out.reshape(-1)[before["better"][k]]]
+        for name in PAIR_ARRAYS:
+            assert after[name][: len(kept)].tolist() == before[name][kept].tolist()
+            assert not after[name][len(kept) :].any()
+    assert Counter(met) == {f"p{number}": 2 for number in (1, 2, 4, 5, 7, 8)}
+
+
+def test_what_cannot_be_excluded_is_named():
+    prompts = [ranked(number, [3, 2]) for number in (1, 2)]
+    with pytest.raises(ConfigError, match="exclude: no prompt is named 'p9'; known here: p1, p2"):
+        made(prompts, exclude=["p9"])
+    with pytest.raises(UserError, match="no prompt is left"):
+        made(prompts, exclude=["p1", "p2"])
