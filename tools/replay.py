@@ -5,8 +5,9 @@
 
 Prints the loss, the gradient's norm by group of layers, the rows and documents of the batch, and the operation that
 first gave a number that is not finite. For stages that begin with a model, that model has to be there. To go on without
-a document: --config.data.0.exclude=document:345 with the run's own command. Exit code: 0 the step is bad again, 1 it is
-good here, 2 there is nothing to replay.
+a document: --config.data.0.exclude=document:345 with the run's own command (pretrain, sft), or
+--config.exclude=prompt-7 (reward, preference, rl). In reinforcement learning a step is an update.
+Exit code: 0 the step is bad again, 1 it is good here, 2 there is nothing to replay.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from jaxlm.base import config as configs
 from jaxlm.base import files, metrics, sharding
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import JaxlmError, UserError
-from jaxlm.replay.blackbox import without_base
+from jaxlm.replay.blackbox import without_frozen
 from jaxlm.replay.nonfinite import first_nonfinite
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.config import CheckpointConfig
@@ -54,8 +55,8 @@ def replay(folder: epath.Path, step: int, search: bool) -> int:
     print(f"step {step}, as it was:")
     print("\n".join(f"  {name} {value}" for name, value in record["metrics"].items()))
     for row in record["rows"]:
-        documents = row["documents"]
-        print(f"  {row['source']} row {row['row']}: documents {', '.join(map(str, documents))}")
+        told = {key: ", ".join(map(str, x)) if isinstance(x, list) else str(x) for key, x in row.items()}
+        print("  " + "  ".join(f"{key} {x}" for key, x in told.items()))
     where = first_nonfinite(program.step, state, batch) if search else {}
     with jax.set_mesh(program.mesh):
         after, measured = program.step(state, batch)
@@ -79,9 +80,10 @@ def load(folder: epath.Path, step: int, values: dict[str, Any]) -> tuple[Program
     config = dataclasses.replace(config, mesh=MeshConfig())
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        program = load_stage(values["stage"]).build(config, mesh)
+        stage = load_stage(values["stage"])
+        program = getattr(stage, "build_update", stage.build)(config, mesh)
         checkpoints = Checkpointer(folder / "before", CheckpointConfig())
-        wanted = {"state": program.abstract_state, "batch": without_base(program.abstract_batch)}
+        wanted = {"state": program.abstract_state, "batch": without_frozen(program.abstract_batch)}
         found = checkpoints.restore(lambda layout: wanted, step=step - 1)
     checkpoints.close()
     assert found is not None

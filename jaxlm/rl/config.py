@@ -159,6 +159,7 @@ class RLConfig(StageConfig):
     """Reinforcement learning from a reward model, from verifiers, or from both."""
 
     stage: ClassVar[str] = "rl"
+    changeable_fields: ClassVar[tuple[str, ...]] = ("exclude",)
     runtime_fields: ClassVar[tuple[str, ...]] = (
         "workdir",
         "name",
@@ -183,6 +184,9 @@ class RLConfig(StageConfig):
     """A score that is measured beside the reward and never trained on: where it falls, the reward is being gamed."""
     sources: tuple[ChatSource, ...] = ()
     """Prompts: {"messages"} up to the assistant's turn, or {"prompt"}; other fields are kept for the verifiers."""
+    exclude: tuple[str, ...] = ()
+    """Prompts to leave out, by their numbers, as a bad update's blackbox/UPDATE/record.json names them: the next one
+    stands in each one's place, all else stays where it is. A stopped run goes on with others."""
     ppo: PPOConfig | None = None
     """Give either this ..."""
     grpo: GRPOConfig | None = None

@@ -4,7 +4,8 @@
     state, measured, answers = jax.jit(learn)(state, {"frozen": …, "rollout": …})
 
 Order: score (policy, reference, values, rewards; minibatch by minibatch, at the updates' own shape), then advantages
-over the whole rollout, then `passes` times all minibatches in an order drawn anew.
+over the whole rollout, then `passes` times all minibatches in an order drawn anew. After a bad update policy and value
+function stand still until the next rollout, so that it can be looked at (`Updated`, `replay/blackbox.py`).
 """
 
 import dataclasses
@@ -41,7 +42,30 @@ class RLState(NamedTuple):
     kl: Any
     """float32 `[]`: the last rollout's KL to the reference, nats an answer"""
     skipped: Any
-    """int32 `[]`: rollouts with an update that changed nothing, since loss or gradient was not finite"""
+    """int32 `[]`: rollouts with an update that changed nothing, since loss or gradient was not finite, or a spike"""
+
+
+class Updated(NamedTuple):
+    """What an update changes; as `replay/blackbox.py` wants a state."""
+
+    policy: Any
+    value: Any
+
+    @property
+    def step(self) -> Any:
+        """Updates, over all rollouts."""
+        return self.policy.step
+
+    @property
+    def skipped(self) -> Any:
+        return self.policy.skipped
+
+    @property
+    def halt(self) -> Any:
+        return self.policy.halt
+
+    def turned(self, back: Any, halt: Any) -> "Updated":
+        return Updated(*(part.turned(back, halt) if part else part for part in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +116,13 @@ class Examples(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Of each answer, for logs: float32 `[B]`."""
+    """Of each answer."""
 
     score: Array
+    """float32 `[B]`"""
     kl: Array
+    """float32 `[B]`"""
+    examples: Examples
 
 
 Update = Callable[..., tuple[tuple[TrainState, Any], dict[str, Mean]]]
@@ -106,6 +133,28 @@ Frozen = dict[str, Params]
 def updates_a_rollout(config: RLConfig) -> int:
     answers = 2 if config.dpo else config.samples
     return config.passes * config.prompts * answers // config.minibatch_answers
+
+
+def rows_of_updates(config: RLConfig, rows: dict[str, Array]) -> dict[str, Array]:
+    """Of a rollout's pretraining rows, those of each update: every U-th, as devices split their own."""
+    return jax.tree.map(lambda x: x.reshape(-1, updates_a_rollout(config), *x.shape[1:]).swapaxes(0, 1), rows)
+
+
+def order_of_answers(config: RLConfig, step: Array, examples: Examples) -> Array:
+    """int32 [updates, minibatch]: which answers each update takes; every pass takes all of them once.
+
+    With DPO: those of all pairs, each one's best and worst answer side by side.
+    """
+    P, K = config.prompts, config.samples
+    units = jnp.arange(P * K)[:, None]
+    if config.dpo is not None:
+        signs = examples.advantages[:, 0].reshape(P, K)
+        units = K * jnp.arange(P)[:, None] + jnp.stack([jnp.argmax(signs, 1), jnp.argmin(signs, 1)], axis=1)
+    passes = [
+        jax.random.permutation(rng.key(config.seed, "minibatches", step, number), units.shape[0])
+        for number in range(config.passes)
+    ]
+    return units[jnp.concatenate(passes)].reshape(-1, config.minibatch_answers)
 
 
 class Learner:
@@ -136,13 +185,12 @@ class Learner:
             part = whole(jax.tree.map(lambda x: x[picked[0]], examples))
             return self.update(carry[0], carry[1], part, picked[1], frozen)
 
-        order = self._order(state.step, examples)
-        # Each update takes every U-th row: devices split their own.
-        split = lambda x: x.reshape(-1, updates_a_rollout(self.config), *x.shape[1:]).swapaxes(0, 1)
-        rows = jax.tree.map(split, pretraining)
+        order = order_of_answers(self.config, state.step, examples)
+        rows = rows_of_updates(self.config, pretraining)
         drift = assessed.kl(rollout)
         observed = jnp.sum(drift) / jnp.maximum(jnp.sum(rollout.answer_lengths > 0).astype(jnp.float32), 1.0)
-        (policy, value), each = jax.lax.scan(update, (state.policy, state.value), (order, rows))
+        begun = Updated(state.policy, state.value).turned(0, jnp.int32(0))
+        (policy, value), each = jax.lax.scan(update, (begun.policy, begun.value), (order, rows))
         measured = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
         measured["rl/first_old_kl"] = jax.tree.map(lambda x: x[0], each["rl/old_kl"])
         # The loop counts rollouts, not updates.
@@ -152,7 +200,8 @@ class Learner:
         measured |= self._measurements(state, rollout, assessed, scores, examples)
 
         # A policy that could not move shall not be pushed harder and harder.
-        turned = jnp.where(missed < order.shape[0], self._coefficient(state.coefficient, observed), state.coefficient)
+        moved = policy.step - state.policy.step > missed
+        turned = jnp.where(moved, self._coefficient(state.coefficient, observed), state.coefficient)
         if self.config.kl_budget:
             # The run ends here: with the policy that was measured, not with one that went further.
             over = observed > self.config.kl_budget
@@ -160,7 +209,7 @@ class Learner:
         kept = RLState(
             step=state.step + 1, policy=policy, value=value, coefficient=turned, kl=observed, skipped=skipped
         )
-        return kept, measured, Answers(scores, drift)
+        return kept, measured, Answers(scores, drift, examples)
 
     def _examples(self, state: RLState, rollout: Rollout, assessed: Assessed, scores: Float32[Array, "B"]) -> Examples:
         """Advantages over the whole rollout, before it is cut into minibatches."""
@@ -199,22 +248,6 @@ class Learner:
         else:
             gains = adv.group_advantages(groups, config.grpo.epsilon, scale=config.grpo.baseline == "group")
         return jnp.broadcast_to(gains.reshape(-1, 1), mask.shape), none
-
-    def _order(self, step: Array, examples: Examples) -> Array:
-        """int32 [updates, minibatch]: which answers each update takes; every pass takes all of them once.
-
-        With DPO: those of all pairs, each one's best and worst answer side by side.
-        """
-        P, K = self.config.prompts, self.config.samples
-        units = jnp.arange(P * K)[:, None]
-        if self.config.dpo is not None:
-            signs = examples.advantages[:, 0].reshape(P, K)
-            units = K * jnp.arange(P)[:, None] + jnp.stack([jnp.argmax(signs, 1), jnp.argmin(signs, 1)], axis=1)
-        passes = [
-            jax.random.permutation(rng.key(self.config.seed, "minibatches", step, number), units.shape[0])
-            for number in range(self.config.passes)
-        ]
-        return units[jnp.concatenate(passes)].reshape(-1, self.config.minibatch_answers)
 
     def _coefficient(self, coefficient: Array, observed: Array) -> Array:
         penalty = self.config.penalty

@@ -208,7 +208,7 @@ def pretraining_rows(config: RLConfig, mesh: Mesh, step: int, history: History) 
 
 def batches(config: RLConfig, asked: list[prompts.Prompt], mesh: Mesh) -> Any:
     """The prompts of each step, and PPO-ptx's pretraining rows beside them."""
-    order = prompts.Order(asked, config.prompts, config.seed)
+    order = prompts.Order(asked, config.prompts, config.seed, config.exclude)
     extra = config.grpo.extra_prompts if config.grpo else 0
 
     def from_step(step: int, history: Any) -> Iterator[dict[str, Any]]:

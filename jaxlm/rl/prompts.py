@@ -1,12 +1,13 @@
 """The prompts of reinforcement learning: read once, then a step's prompts are a function of the step."""
 
+import bisect
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import grain
 
-from jaxlm.base.errors import Refused, UserError
+from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.logging import logger
 from jaxlm.data import chats
 from jaxlm.data.config import ChatSource
@@ -94,8 +95,16 @@ class Order:
     >>> Order(prompts, 4, seed=0).at(7)                                # the prompts of step 7
     """
 
-    def __init__(self, prompts: Sequence[Prompt], count: int, seed: int):
-        self.prompts, self.count = prompts, count
+    def __init__(self, prompts: Sequence[Prompt], count: int, seed: int, exclude: Sequence[str] = ()):
+        """`exclude`: numbers of prompts in whose place the next one stands, for a second time."""
+        if unknown := {*exclude} - {str(prompt.number) for prompt in prompts}:
+            name = min(unknown)
+            raise ConfigError("exclude", f"got {name!r}; a prompt's number, 0 to {len(prompts) - 1}, is needed")
+        kept = [number for number in range(len(prompts)) if str(number) not in exclude]
+        if not kept:
+            raise ConfigError("exclude", "names every prompt; none is left")
+        stand_in = lambda number: kept[bisect.bisect_left(kept, number) % len(kept)]
+        self.prompts, self.count = [prompts[stand_in(number)] for number in range(len(prompts))], count
         # As data/loader.py orders rows.
         shuffled = lambda name: grain.MapDataset.range(len(prompts)).shuffle(seed=zlib.crc32(f"{seed}/{name}".encode()))
         self._order, self._fresh = shuffled("prompts").repeat(), shuffled("fresh prompts").repeat()

@@ -17,7 +17,7 @@ from jaxlm.model.config import adapted
 from jaxlm.model.weights import Params
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import RLConfig
-from jaxlm.rl.learner import RLState
+from jaxlm.rl.learner import Examples, RLState, Updated, order_of_answers, rows_of_updates
 from jaxlm.rl.prompts import Prompt
 from jaxlm.rl.rewards import Judge
 from jaxlm.rl.rollout import Rollout
@@ -237,8 +237,16 @@ def _number(value: Any) -> float | None:
 class Iteration:
     """What the loop calls a step: draws answers, scores them, learns from them."""
 
-    def __init__(self, config: RLConfig, program: Program, roller: Roller, frozen: dict[str, Params]):
-        self.config, self.program, self.roller, self.frozen = config, program, roller, frozen
+    def __init__(
+        self,
+        config: RLConfig,
+        program: Program,
+        roller: Roller,
+        frozen: dict[str, Params],
+        box: tuple[Any, Program] | None = None,
+    ):
+        """`box`: a `replay.blackbox.BlackBox`, which keeps bad updates whole, and the program of one."""
+        self.config, self.program, self.roller, self.frozen, self.box = config, program, roller, frozen, box
         self.log = CompletionLog(config.workdir, config.shown_completions)
         self.learn = compiled_step(program)
 
@@ -252,10 +260,32 @@ class Iteration:
             "frozen": self.frozen,
             "rollout": rollouts.place(made, self.program.abstract_batch["rollout"]),
         }
+        first = int(state.policy.step)
         state, learned, each = self.learn(state, given)
-        scores, drift = jax.device_get(each)
+        if self.box and 0 < int(state.policy.skipped) <= self.config.loop.black_boxes and int(state.policy.halt) > 0:
+            state = self._keep(state, each.examples, given, first, asked)
+        scores, drift = jax.device_get(each[:2])
         measured["rl/learning_seconds"] = mean([time.monotonic() - began])
         step = batch["step"] + 1
         if step % config.loop.log_every_steps == 0 or step == config.steps:
             self.log.write(step, asked, completions, scores, drift)
         return state, measured | learned
+
+    def _keep(
+        self, state: RLState, examples: Examples, batch: dict[str, Any], first: int, asked: Sequence[Prompt]
+    ) -> RLState:
+        """Keeps the bad update at which policy and value function stand still; `first`: the rollout's first update."""
+        assert self.box is not None
+        box, program = self.box
+        number = int(state.policy.step) - 1 - first
+        answers = np.asarray(order_of_answers(self.config, state.step - 1, examples)[number])
+        batch = {
+            "examples": jax.tree.map(lambda x: x[answers], examples),
+            "rows": jax.tree.map(lambda x: x[number], rows_of_updates(self.config, batch.get("pretraining", {}))),
+            "frozen": batch["frozen"],
+        }
+        where = [(asked[answer // self.config.samples], answer % self.config.samples) for answer in answers.tolist()]
+        told = [{"prompt": str(prompt.number), "of": prompt.where, "answer": answer} for prompt, answer in where]
+        batch = jax.device_put(batch, program.shardings.batch)
+        kept = box.keep(Updated(state.policy, state.value), program.step, batch, told)
+        return state._replace(policy=kept.policy, value=kept.value)

@@ -10,7 +10,6 @@ is the policy as it began. Checkpoints lie at the ends of iterations. Results: W
 completions.jsonl (some answers of each rollout), reward_kl.png (reward and gold score against √KL) and model/.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.adapters.training import Tuned, first_adapters
+from jaxlm.adapters.training import Tuned
 from jaxlm.adapters.weights import require_targets
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
@@ -32,6 +31,7 @@ from jaxlm.hub.finish import stopped_early, write_model
 from jaxlm.model.lora import trained
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
+from jaxlm.replay.blackbox import BlackBox
 from jaxlm.rl import forward, objectives, prompts
 from jaxlm.rl.config import RLConfig
 from jaxlm.rl.evaluation import evaluator
@@ -39,9 +39,7 @@ from jaxlm.rl.figures import draw_frontier
 from jaxlm.rl.learner import (
     Examples,
     Frozen,
-    Learner,
     Models,
-    RLState,
     answer_tokens,
     pair_metrics,
     policy_metrics,
@@ -51,15 +49,13 @@ from jaxlm.rl.learner import (
 )
 from jaxlm.rl.models import (
     Directories,
-    Part,
     abstract_batch,
     batches,
     define_models,
-    first_policy,
-    first_value,
     load_frozen,
     row_length,
 )
+from jaxlm.rl.programs import iteration_program, update_program
 from jaxlm.rl.rewards import Judge
 from jaxlm.rl.rolling import Iteration, Roller, sampler_of
 from jaxlm.text import readers
@@ -69,7 +65,7 @@ from jaxlm.train.config import PlateauConfig
 from jaxlm.train.loop import Task, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
-from jaxlm.train.state import Program, Shardings, TrainState
+from jaxlm.train.state import Program, TrainState
 from jaxlm.train.update import apply_gradients
 from jaxlm.train.watchdog import Watchdog
 
@@ -149,7 +145,8 @@ def ppo_step(
     numbers = loss, value_loss, optimizers.global_norm(gradients), optimizers.global_norm(value_gradients)
     good = jnp.all(jnp.isfinite(jnp.stack(numbers))) & jnp.any(examples.mask)
     rate = learning_rate(config.schedule, policy.step, config.steps * updates_a_rollout(config))
-    skipped = policy.skipped
+    # The value function stands still where the policy does.
+    skipped, value = policy.skipped, value._replace(halt=policy.halt)
     policy, norms = apply_gradients(
         policy, gradients, loss, good, rate, policy_optimizer, config.optimizer, models.policy
     )
@@ -248,69 +245,22 @@ def build(config: RLConfig, mesh: Mesh) -> Program:
     return build_from(config, mesh, open_models(config, verify=False))
 
 
+def build_update(config: RLConfig, mesh: Mesh) -> Program:
+    """One update of an iteration, for replay."""
+    directories = open_models(config, verify=False)
+    models = define_models(config, directories, mesh)
+    return update_program(build_from(config, mesh, directories), config, models, step_of(config))
+
+
 def build_from(
     config: RLConfig, mesh: Mesh, directories: Directories, frozen: Callable[[], Frozen] | None = None
 ) -> Program:
     """`frozen`: () → what `load_frozen` reads, where it is read already."""
-    models = define_models(config, directories, mesh)
-    batch = abstract_batch(config, models, mesh, row_length(config, directories.policy.config, mesh))
-    adapters = functools.partial(
-        first_adapters, config.seed, frozen or (lambda: load_frozen(directories, models, batch["frozen"]))
-    )
-    optimizer = optimizers.make_optimizer(config.optimizer, trained(models.policy))
-    rule = config.optimizer
-    window = rule.spike_window if rule.spike_limit else 0
-    policy = Part(models.policy, optimizer, mesh, ema=rule.ema > 0, spike_window=window)
-    alone = dpo_step if config.dpo else grpo_step
-    step: Any = functools.partial(alone, config=config, models=models, policy_optimizer=optimizer)
-    value = None
-    if config.ppo is not None and models.value is not None:
-        value_optimizer = optimizers.make_optimizer(config.ppo.value_optimizer, trained(models.value))
-        value = Part(models.value, value_optimizer, mesh)
-        step = functools.partial(
-            ppo_step, config=config, models=models, policy_optimizer=optimizer, value_optimizer=value_optimizer
-        )
-    whole = sharding.replicated(mesh)
-    number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=whole)
-    abstract = RLState(
-        step=number(jnp.int32),
-        policy=policy.abstract,
-        value=value.abstract if value else (),
-        coefficient=number(jnp.float32),
-        kl=number(jnp.float32),
-        skipped=number(jnp.int32),
-    )
+    return iteration_program(config, mesh, directories, step_of(config), frozen)
 
-    def initialize() -> RLState:
-        numbers = RLState(
-            step=jnp.int32(0),
-            policy=(),
-            value=(),
-            coefficient=jnp.float32(config.penalty.coefficient if config.penalty else 0.0),
-            kl=jnp.float32(0),
-            skipped=jnp.int32(0),
-        )
-        return jax.device_put(numbers, whole)._replace(
-            policy=policy.initial(first_policy(config, directories, models, policy.placed.params, adapters)),
-            value=value.initial(first_value(config, directories, models, value.placed.params, adapters))
-            if value
-            else (),
-        )
 
-    placed = jax.tree.map(lambda x: x.sharding, (abstract, batch))
-    return Program(
-        step=jax.jit(
-            Learner(config, models, step),
-            in_shardings=placed,
-            out_shardings=(placed[0], whole, whole),
-            donate_argnums=0,
-        ),
-        initialize=initialize,
-        abstract_state=abstract,
-        abstract_batch=batch,
-        shardings=Shardings(*placed),
-        mesh=mesh,
-    )
+def step_of(config: RLConfig) -> Callable[..., Any]:
+    return ppo_step if config.ppo else dpo_step if config.dpo else grpo_step
 
 
 def main(config: RLConfig) -> dict[str, Any]:
@@ -340,11 +290,13 @@ def main(config: RLConfig) -> dict[str, Any]:
         judge = lambda some: Judge(config.verifiers, some, "verifiers")
         gold = lambda some: Judge([config.gold], some, "gold") if config.gold else None
         policy_whole = lambda params: policy_of(models, params, frozen)
+        update = update_program(program, config, models, step_of(config))
+        box = BlackBox(config, update, lambda _, asked: asked, what="update"), update
         roller = Roller(config, sampler, judge(asked), gold(asked), S, policy_whole)
         heldout_roller = Roller(config, sampler, judge(heldout), gold(heldout), S, policy_whole)
         task = Task(
             program=program,
-            compile=lambda: Iteration(config, program, roller, frozen),
+            compile=lambda: Iteration(config, program, roller, frozen, box),
             other_layout=None,
             model=shape,
             steps=config.steps,

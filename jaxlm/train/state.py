@@ -38,6 +38,10 @@ class TrainState(NamedTuple):
     recent: Any = {}  # noqa: RUF012 (never changed in place)
     """what the last good steps had (`spikes.py`); an empty dict where no step is judged by them"""
 
+    def turned(self, back: Any, halt: Any) -> "TrainState":
+        """The same with `back` skipped steps fewer, and `halt` as given."""
+        return self._replace(step=self.step - back, skipped=self.skipped - back, halt=halt)
+
 
 class Shardings(NamedTuple):
     state: Any

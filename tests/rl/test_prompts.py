@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.base.errors import Refused, UserError
+from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.data.config import ChatSource
 from jaxlm.rl import prompts
 from jaxlm.tokenizer import chat
@@ -100,3 +100,15 @@ def test_fresh_prompts_are_none_of_the_steps_and_a_function_of_it(count):
     assert order.fresh(9, count) == prompts.Order(asked, 6, seed=3).fresh(9, count)
     assert order.fresh(9, 7) != order.fresh(10, 7)
     assert order.fresh(9, 0) == []
+
+
+def test_the_next_prompt_stands_where_one_is_excluded():
+    asked = [prompts.Prompt(number, "", (1,), {}) for number in range(10)]
+    numbers = lambda order: [prompt.number for step in range(5) for prompt in order.at(step)]
+    whole = numbers(prompts.Order(asked, 4, seed=3))
+    found = numbers(prompts.Order(asked, 4, seed=3, exclude=("4", "5", "9")))
+    assert found == [{4: 6, 5: 6, 9: 0}.get(number, number) for number in whole]
+    with pytest.raises(ConfigError, match="exclude: got '12'; a prompt's number, 0 to 9, is needed"):
+        prompts.Order(asked, 4, seed=3, exclude=("12",))
+    with pytest.raises(ConfigError, match="exclude: names every prompt"):
+        prompts.Order(asked[:2], 4, seed=3, exclude=("0", "1"))

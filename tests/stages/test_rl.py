@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -251,7 +253,8 @@ def test_a_reward_or_loss_that_is_no_number_changes_nothing_and_is_counted(confi
                 a, b = (getattr(getattr(state, of), part) for state in (before, after))
                 jax.tree.map(np.testing.assert_array_equal, a, b)
         assert after.coefficient == before.coefficient
-        assert (int(after.policy.skipped), int(after.value.skipped), int(after.skipped)) == (4, 4, 1)
+        # What stands still after the first bad update is not counted again.
+        assert (int(after.policy.skipped), int(after.value.skipped), int(after.skipped)) == (1, 1, 1)
         assert measured["train/skipped_steps"] == 1
     recovered, _ = bench(config).learn(made, after)
     assert not np.array_equal(recovered.policy.params["embedding"], before.policy.params["embedding"])
@@ -767,3 +770,61 @@ def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, 
 def test_adapters_of_a_policy_drop_nothing(config):
     with pytest.raises(ConfigError, match="lora.dropout: must be 0"):
         dataclasses.replace(config, lora=LoRAConfig(dropout=0.1))
+
+
+@pytest.mark.slow
+def test_a_bad_update_is_kept_replayed_and_its_prompt_left_out(config, folders, monkeypatch, tmp_path, capsys):
+    bad = 2
+    ids = np.int32(sampler_ids(config, WORDS[bad]))
+    real = rl.answer_tokens
+
+    def poisoned(config, models, definition, params, rollout):
+        tokens = real(config, models, definition, params, rollout)
+        met = jnp.any(jnp.all(rollout.ids[:, : len(ids)] == ids[None], axis=1))
+        return tokens._replace(logprobs=tokens.logprobs * jnp.sqrt(jnp.where(met, -1.0, 1.0)))
+
+    monkeypatch.setattr(rl, "answer_tokens", poisoned)
+    config = run(config)
+    kept = sorted(int(path.name) for path in (Path(config.workdir) / "blackbox").iterdir())
+    assert kept
+    assert skipped(config) == len(kept)
+    record = json.loads((Path(config.workdir) / f"blackbox/{kept[0]}/record.json").read_text())
+    assert record["repeated"]
+    assert record["metrics"]["rl/policy_loss"] == "nan"
+    assert "train/gradient_norm/embedding" in record["metrics"]
+    rows = record["rows"]
+    assert len(rows) == config.minibatch_answers
+    assert str(bad) in {row["prompt"] for row in rows}
+    assert all(row["of"] == f"{folders.root}/prompts.jsonl:{int(row['prompt']) + 1}" for row in rows)
+
+    # Nothing of the run depends on whether updates are kept.
+    plain = run(other(config, workdir=str(tmp_path / "plain")), black_boxes=0)
+    assert not (Path(plain.workdir) / "blackbox").exists()
+    ones, others = (arrays_of(workdir, 4) for workdir in (config.workdir, plain.workdir))
+    assert ones.keys() == others.keys()
+    for name in ones:
+        if not name.endswith("halt"):
+            np.testing.assert_array_equal(ones[name], others[name], err_msg=name)
+
+    replay = importlib.util.spec_from_file_location("replay", Path(__file__).parents[2] / "tools/replay.py")
+    module = importlib.util.module_from_spec(replay)
+    replay.loader.exec_module(module)
+    capsys.readouterr()
+    assert module.main([config.workdir, str(kept[0])]) == 0
+    said = capsys.readouterr().out
+    assert f"step {kept[0]}, again on cpu: bad" in said
+    assert "first nan: sqrt in poisoned (" in said
+    assert f"prompt {bad}  of " in said
+
+    without = run(other(config, workdir=str(tmp_path / "without"), exclude=(str(bad),)))
+    assert skipped(without) == 0
+    assert not (Path(without.workdir) / "blackbox").exists()
+
+
+def skipped(config: RLConfig) -> int:
+    return [line["train/skipped_steps"] for line in lines_of(config.workdir) if "rl/reward" in line][-1]
+
+
+def sampler_ids(config: RLConfig, word: str) -> list[int]:
+    directory = rl.open_models(config).policy
+    return rl.sampler_of(config, directory).encode(f"{word} ")
