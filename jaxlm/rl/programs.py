@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.adapters.training import first_adapters
 from jaxlm.base import sharding
 from jaxlm.model.lora import trained
 from jaxlm.rl.config import RLConfig
@@ -47,9 +46,11 @@ def iteration_program(
     mesh: Mesh,
     directories: Directories,
     step: Callable[..., Any],
+    first_adapters: Callable[..., Any],
     frozen: Callable[[], Frozen] | None = None,
 ) -> Program:
-    """What `learner.Learner` does with a rollout. `frozen`: () → what `load_frozen` reads, where it is read already."""
+    """What `learner.Learner` does with a rollout. `first_adapters`: as `adapters/training.py` has it. `frozen`: () →
+    what `load_frozen` reads, where it is read already."""
     models = define_models(config, directories, mesh)
     batch = abstract_batch(config, models, mesh, row_length(config, directories.policy.config, mesh))
     read = frozen or (lambda: load_frozen(directories, models, batch["frozen"]))

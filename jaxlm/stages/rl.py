@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxlm.adapters.training import Tuned
+from jaxlm.adapters.training import Tuned, first_adapters
 from jaxlm.adapters.weights import require_targets
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
@@ -256,7 +256,7 @@ def build_from(
     config: RLConfig, mesh: Mesh, directories: Directories, frozen: Callable[[], Frozen] | None = None
 ) -> Program:
     """`frozen`: () → what `load_frozen` reads, where it is read already."""
-    return iteration_program(config, mesh, directories, step_of(config), frozen)
+    return iteration_program(config, mesh, directories, step_of(config), first_adapters, frozen)
 
 
 def step_of(config: RLConfig) -> Callable[..., Any]:
