@@ -64,10 +64,10 @@ class Family:
     def read(self, values: Mapping[str, Any], where: str) -> ModelConfig:
         """The ModelConfig of a config.json. Raises UserError for what is not understood, each by its name."""
         reader = Reader(values, self.defaults, where)
-        classes = reader.take("architectures") or [self.classes()[0]]
+        classes = reader.take("architectures", list) or [self.classes()[0]]
         if len(classes) != 1 or classes[0] not in self.classes():
             raise UserError(
-                f"{where}: architectures: {', '.join(classes)} is not understood; {' and '.join(self.classes())} are"
+                f"{where}: architectures: {', '.join(map(str, classes))} is not understood; {' and '.join(self.classes())} are"
             )
         made: dict[str, Any] = dict(self.fixed)
         try:
@@ -76,8 +76,11 @@ class Family:
         except ConfigError as error:
             raise UserError(f"{where}: gives a model whose {error}") from None
         if classes[0] == self.classes()[1]:
-            labels = reader.take("id2label") or {"0": "LABEL_0"}
-            names = [str(labels[key]) for key in sorted(labels, key=int)]
+            labels = reader.take("id2label", dict) or {"0": "LABEL_0"}
+            try:
+                names = [str(labels[key]) for key in sorted(labels, key=int)]
+            except ValueError:
+                raise UserError(f"{where}: id2label is {labels!r}; its keys have to be numbers") from None
             made |= {"criteria": ("overall",) if names == ["LABEL_0"] else tuple(names), "tied_embeddings": False}
         for key, value in self.only.items():
             reader.expect(key, value)

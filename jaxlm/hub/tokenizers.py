@@ -39,10 +39,10 @@ def read_tokenizer(folder: epath.Path, vocab_size: int, generation: Generation) 
     values = files.read_json(folder / FAST)
     if not isinstance(values, dict) or "model" not in values:
         raise UserError(f"{folder / FAST}: is no tokenizer of Hugging Face's tokenizers")
-    # Gemma 3's smallest names a token of its larger kin that has no row in its own table.
-    added = [token for token in values.get("added_tokens") or [] if token.get("id", 0) < vocab_size]
-    values["added_tokens"] = added
     try:
+        # Gemma 3's smallest names a token of its larger kin that has no row in its own table.
+        added = [token for token in values.get("added_tokens") or [] if token.get("id", 0) < vocab_size]
+        values["added_tokens"] = added
         model = tokenizers.Tokenizer.from_str(json.dumps(values))
     except Exception as error:  # the library raises no class of its own
         raise UserError(f"{folder / FAST}: cannot be read: {error}") from None
