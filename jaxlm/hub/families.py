@@ -30,6 +30,7 @@ from jaxlm.hub.rope import gemma3_rope, gpt_oss_rope, neox_rope, phi3_rope, rope
 from jaxlm.hub.rules import AFTER, BOTH, ENDS, GPT2, GPT_OSS, LLAMA, MIXTRAL, NEOX, PHI3, PRODUCTS, QWEN_MOE, Rule
 from jaxlm.model.config import ModelConfig
 
+MOST_LAYERS = 10_000
 CAUSAL, REWARD = "ForCausalLM", "ForSequenceClassification"
 
 
@@ -66,13 +67,14 @@ class Family:
         reader = Reader(values, self.defaults, where)
         classes = reader.take("architectures", list) or [self.classes()[0]]
         if len(classes) != 1 or classes[0] not in self.classes():
-            raise UserError(
-                f"{where}: architectures: {', '.join(map(str, classes))} is not understood; {' and '.join(self.classes())} are"
-            )
+            given, known = ", ".join(map(str, classes)), " and ".join(self.classes())
+            raise UserError(f"{where}: architectures: {given} is not understood; {known} are")
         made: dict[str, Any] = dict(self.fixed)
         try:
             for part in self.parts:
                 made |= part.read(reader, made)
+                if made.get("layers", 0) > MOST_LAYERS:  # before anything is made of each
+                    raise UserError(f"{where}: gives a model of {made['layers']} layers, of {MOST_LAYERS} at most")
         except ConfigError as error:
             raise UserError(f"{where}: gives a model whose {error}") from None
         if classes[0] == self.classes()[1]:
