@@ -6,6 +6,7 @@ import runpy
 import traceback
 from typing import Any
 
+from jaxlm.base.config import check_types
 from jaxlm.base.errors import ConfigError, UserError
 
 
@@ -35,10 +36,23 @@ def load_config_file(path: str) -> Any:
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
-        raise UserError(f"{path}:{_line_in(path, error)}: {type(error).__name__}: {error}") from error
+        told = _wrong_type(error) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}:{_line_in(path, error)}: {told}") from error
     if not dataclasses.is_dataclass(config):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a config")
     return config
+
+
+def _wrong_type(error: Exception) -> ConfigError | None:
+    """The field of another type over which a config's own checks stumbled, if one did: types are checked later."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(made):
+            try:
+                check_types(made)
+            except ConfigError as found:
+                return found
+    return None
 
 
 def _line_in(path: str, error: BaseException) -> int:

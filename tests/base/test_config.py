@@ -166,6 +166,11 @@ def test_types_in_a_file_are_checked():
             "from jaxlm.base.config import MeshConfig\n\ndef get_config():\n    return MeshConfig(data=0)\n",
             ":4: data: got 0",
         ),
+        # The check that stumbled over a type says nothing of it: the field does.
+        (
+            "from jaxlm.data.config import MixtureSource as S\n\ndef get_config():\n    return S(path='x', weight='4')",
+            ":4: weight: got '4' (str); float is needed",
+        ),
     ],
 )
 def test_broken_config_files_are_named_with_the_line(tmp_path, text, message):
