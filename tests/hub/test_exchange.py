@@ -327,11 +327,11 @@ def numbers(config):
 BYTES = ByteTokenizer(("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
 
 
-def our_model(folder, config, facts=None, tokenizer=BYTES):
+def our_model(folder, config, facts=None, tokenizer=BYTES, chats=True):
     tokenizers.save(tokenizer, folder / "tokenizer")
     params = numbers(config)
     source = (Path(train.__file__).parent / "templates/chatml.jinja").read_text()
-    chat = ChatTemplate(source, tokenizer)
+    chat = ChatTemplate(source, tokenizer) if chats else None
     written = {"inputs": {}, "config": {}, "facts": {"row_length": 32} | (facts or {})}
     model_directory.write(folder / "model", params, config, folder / "tokenizer", chat_template=chat, **written)
     return folder
@@ -541,7 +541,25 @@ def test_export_goes_nowhere_where_something_else_is(tmp_path):
     assert not (tmp_path / "new/manifest.json").exists()
 
 
-OURS_LIVE = ("ours", "ours, sentencepiece", "ours, a reward model")
+OURS_LIVE = ("ours", "ours, sentencepiece", "ours, a reward model", "ours, an encoder")
+ENCODER = ModelConfig(
+    vocab_size=264,
+    layers=2,
+    width=18,
+    heads=6,
+    feed_forward=20,
+    causal=False,
+    norm="layer",
+    norm_place="sum",
+    biases=("qkv", "output", "mlp"),
+    gated_mlp=False,
+    activation="gelu_exact",
+    learned_positions=40,
+    token_types=2,
+    head="transform",
+    tied_embeddings=True,
+    compute="float32",
+).complete()
 ROWS = np.random.default_rng(0).integers(3, 64, (2, 24)).tolist()
 
 
@@ -555,8 +573,11 @@ def exported(folder, name):
         made = imported(folder, copied(folder, name, tokenizer), compute="float32")
     else:
         config = dataclasses.replace(OURS, criteria=("overall",)) if "reward" in name else OURS
+        config = ENCODER if "encoder" in name else config
         tokenizer = sentencepiece_tokenizer("bpe")[0] if "sentencepiece" in name else BYTES
-        made = our_model(folder, dataclasses.replace(config, vocab_size=600), tokenizer=tokenizer)
+        tokenizer = ByteTokenizer(("<pad>", "<s>", "</s>", "[MASK]")) if "encoder" in name else tokenizer
+        config = dataclasses.replace(config, vocab_size=600)
+        made = our_model(folder, config, tokenizer=tokenizer, chats="encoder" not in name)
     export.main(ExportConfig(model=str(made), output=f"{folder}/output", without_verdict=True))
     return made
 
