@@ -1,8 +1,7 @@
 """What a loaded model computes of rows of ids, compiled: logits, a reward model's scores, an encoder's vectors."""
 
 import functools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,25 @@ import numpy as np
 
 from jaxlm.base.arrays import Array, Float32, Int
 from jaxlm.base.sharding import constrain
+from jaxlm.hub.pooling import Pooling
 from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.sampler import bucket
 
 # Rows that go through the model together.
 SCORE_ROWS = 16
 
-Pooling = Literal["mean", "first", "pooler"]
+
+def scoring_windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first token to score) so that tokens 1, 2, … are scored once each; the first has nothing before it.
+
+    >>> list(scoring_windows(10, 4))
+    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
+    """
+    begin, first = 0, 1
+    while first < tokens:
+        end = min(begin + context, tokens)
+        yield begin, end, first
+        begin, first = begin + max(1, context // 2), end
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,9 +21,10 @@ from etils import epath
 
 from jaxlm.base import files, precision
 from jaxlm.base.errors import UserError
-from jaxlm.hub import families
+from jaxlm.hub import families, pooling
 from jaxlm.hub.families import Family
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.pooling import Pooling
 from jaxlm.hub.rules import Rule
 from jaxlm.hub.tokenizers import read_template, read_tokenizer
 from jaxlm.model.config import ModelConfig
@@ -164,6 +165,10 @@ class HuggingFaceDirectory:
     def chat_template(self) -> ChatTemplate | None:
         """None where the directory has none."""
         return read_template(self.folder, self.tokenizer())
+
+    def pooling(self) -> Pooling | None:
+        """What sentence-transformers makes vectors by; None where the directory does not say."""
+        return pooling.read(self.folder)
 
     def context_tokens(self) -> int:
         """Longest texts that it was made for; 0 where config.json does not say."""

@@ -27,8 +27,9 @@ from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
 from jaxlm.hub import forward, hugging_face, peft
 from jaxlm.hub.find import find_model, is_hugging_face
-from jaxlm.hub.forward import SCORE_ROWS, Pooling, padded
+from jaxlm.hub.forward import SCORE_ROWS, padded, scoring_windows
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.pooling import Pooling
 from jaxlm.model.config import ModelConfig, adapted
 from jaxlm.model.lora import joined
 from jaxlm.model.transformer import for_inference
@@ -94,6 +95,7 @@ def load(
         chat_template=directory.chat_template(),
         context_tokens=directory.context_tokens(),
         generation=Generation.read(directory.folder, getattr(directory, "values", {})),
+        pooling=_pooling(directory),
         mesh=mesh,
     )
 
@@ -122,6 +124,7 @@ class LanguageModel:
         chat_template: ChatTemplate | None = None,
         context_tokens: int = 0,
         generation: Generation | None = None,
+        pooling: Pooling | None = None,
         mesh: Mesh | None = None,
     ):
         """`params` as `jaxlm.sample.decoding.prepare(config, params)` gives them."""
@@ -131,6 +134,7 @@ class LanguageModel:
         self.chat_template = chat_template
         self.context_tokens = context_tokens
         self.mesh = mesh
+        self.pooling: Pooling = pooling or "mean"
         # A chat model can still go on with a document, which ends with EOS.
         ends = (tokenizer.eos_id, *chat_template.stop_ids) if chat_template else ()
         if generation is not None:
@@ -268,13 +272,14 @@ class LanguageModel:
         rows = [self._judged(conversation, f"conversations[{i}]") for i, conversation in enumerate(conversations)]
         return self._each(rows, forward.last_scores, len(criteria))
 
-    def embed(self, texts: Sequence[str], pooling: Pooling = "mean") -> Float32[np.ndarray, "B D"]:
+    def embed(self, texts: Sequence[str], pooling: Pooling | None = None) -> Float32[np.ndarray, "B D"]:
         """An encoder's vector for each text, made of the last layer's states of its tokens; not normalised.
 
         A text is encoded as documents are packed and as BERT takes it: BOS ([CLS]), the text, EOS ([SEP]). mean: the
-        mean over all of them, these two included; first: BOS's; pooler: what the model's pooler makes of BOS's. Padding
-        and the other texts change nothing but rounding.
+        mean over all of them, these two included; first: BOS's; pooler: what the model's pooler makes of BOS's; None:
+        as a sentence-transformers directory says, else mean. Padding and other texts change nothing but rounding.
         """
+        pooling = pooling or self.pooling
         if self.config.causal:
             raise UserError("embed: the model is a decoder, whose tokens know nothing of what follows; load an encoder")
         if isinstance(texts, str):
@@ -368,22 +373,16 @@ class LanguageModel:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
 
-def scoring_windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first token to score) so that tokens 1, 2, … are scored once each; the first has nothing before it.
-
-    >>> list(scoring_windows(10, 4))
-    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
-    """
-    begin, first = 0, 1
-    while first < tokens:
-        end = min(begin + context, tokens)
-        yield begin, end, first
-        begin, first = begin + max(1, context // 2), end
-
-
 def _score(logprob: float, scored: Sequence[int], bytes_of: np.ndarray) -> Score:
     count = int(bytes_of[np.array(scored, np.int64)].sum())
     return Score(logprob, -logprob / math.log(2) / count if count else math.nan, len(scored))
+
+
+def _pooling(directory: Any) -> Pooling | None:
+    """As a Hugging Face directory says, or the one that a model directory was imported from."""
+    if isinstance(directory, hugging_face.HuggingFaceDirectory):
+        return directory.pooling()
+    return (directory.manifest.facts.get("hugging_face") or {}).get("pooling")
 
 
 def _sampling(max_tokens: int, fields: Mapping[str, Any]) -> SamplingConfig:

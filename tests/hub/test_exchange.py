@@ -237,6 +237,38 @@ def test_an_encoder_gives_a_vector_for_each_text(tmp_path):
         lm.embed(["the cat"], "max")
 
 
+def sentences(folder, kinds=("Transformer", "Pooling", "Normalize"), **pooling):
+    """Makes it a sentence-transformers directory."""
+    listed = [
+        {"idx": number, "path": f"{number}_{kind}" if number else "", "type": f"sentence_transformers.models.{kind}"}
+        for number, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 12} | pooling))
+
+
+def test_sentence_transformers_say_how_vectors_are_made(tmp_path):
+    """The pooling that the directory names is what holds, there and in the model directory made of it."""
+    source = copied(tmp_path, "bare-bert")
+    lm = jaxlm.load(source)
+    np.testing.assert_array_equal(lm.embed(TEXTS), lm.embed(TEXTS, "mean"))
+    for pooling, flags in (
+        ("first", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}),
+        ("mean", {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "include_prompt": True}),
+        ("first", {"pooling_mode": "cls"}),
+    ):
+        sentences(source, **flags)
+        np.testing.assert_array_equal(jaxlm.load(source).embed(TEXTS), lm.embed(TEXTS, pooling))
+    np.testing.assert_array_equal(jaxlm.load(imported(tmp_path, source)).embed(TEXTS), lm.embed(TEXTS, "first"))
+    sentences(source, pooling_mode_max_tokens=True)
+    with pytest.raises(UserError, match="1_Pooling/config.json: pooling by max_tokens is not understood"):
+        jaxlm.load(source)
+    sentences(source, kinds=("Transformer", "Pooling", "Dense"), pooling_mode_cls_token=True)
+    with pytest.raises(UserError, match=r"modules.json: Dense not understood; without modules.json"):
+        jaxlm.load(source)
+
+
 def test_what_an_encoder_cannot_do_is_refused_by_name(tmp_path):
     lm = jaxlm.load(copied(tmp_path, "bert"))
     assert lm.logits([[2, 4, 3]]).shape == (1, 3, 71)
