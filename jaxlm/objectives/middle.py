@@ -6,7 +6,8 @@ A document `<s> a b c d e f g h </s>`, cut into the prefix a, the middle b c and
     SPM   <s> <PRE> <SUF> d e <MID> a b c </s>          (the paper's second form, which it trains with)
 
 Its last three tokens, here f g h, have given way to the sentinels: it keeps its length and its place in the row. What
-follows the suffix in the text is out of sight, as it is to a prompt that was cut to the context.
+follows the suffix in the text is out of sight, as it is to a prompt that was cut to the context; but a token of the
+suffix is always left, so that no EOS says of a text that goes on that it ends.
 """
 
 from typing import NamedTuple
@@ -71,6 +72,6 @@ def rearrange_row(
         draws, cuts = random.random(2), random.random(2)  # drawn for each, so that none depends on those before it
         if draws[0] >= config.rate or length < LEAST_TEXT or not loss_mask[begin + 1 : end].all():
             continue
-        low, high = sorted((cuts * (length + 1)).astype(int))  # two places drawn alike, the ends among them
+        low, high = sorted((cuts * length).astype(int))  # two places drawn alike, never behind the last token
         made[first:last] = rearranged(ids[first : first + length], low, high, draws[1] < config.suffix_first, sentinels)
     return made

@@ -65,6 +65,8 @@ def test_put_back_it_is_the_text_without_its_last_three_tokens(suffix_first):
         assert made.shape == ids.shape
         np.testing.assert_array_equal(made[segments == 0], ids[segments == 0])
         for text, document in zip(texts, documents_of(made, segments), strict=True):
+            suffix = list(document).index(SUF) + 1
+            assert document[suffix] in text  # something of it is left to see
             assert (document[0], document[-1]) == (BOS, EOS)
             assert put_back(document[1:-1]) == list(text)[:-3]
             orders.add(document[2] == SUF)
@@ -85,10 +87,10 @@ def test_rates_cuts_and_orders_are_drawn_alike():
         if inner[1] != SUF:
             prefixes.append(inner.index(SUF) - 1)
     assert abs(rearrangements / 4000 - 0.5) < 4 * (0.25 / 4000) ** 0.5
-    # Of 5 tokens cut at two of the 6 places: the lower one is at 0 in 11 of 36, then 9, 7, 5, 3, 1. Where it is at 0,
-    # the orders look alike; of the others half are PSM.
-    shares = np.bincount(prefixes, minlength=6)[1:] / (rearrangements / 2)
-    expected = np.array([9, 7, 5, 3, 1]) / 36
+    # Of 5 tokens cut at two of the 5 places before one: the lower is the first in 9 of 25, then 7, 5, 3, 1. Where it is
+    # the first, the orders look alike; of the others half are PSM.
+    shares = np.bincount(prefixes, minlength=5)[1:] / (rearrangements / 2)
+    expected = np.array([7, 5, 3, 1]) / 25
     assert np.all(np.abs(shares - expected) < 4 * (expected / (rearrangements / 2)) ** 0.5)
 
 
