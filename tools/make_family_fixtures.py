@@ -4,8 +4,9 @@
     python tools/make_family_fixtures.py check DIR ...    # loads each as a user would; prints what it found
 
 A fixture is what `save_pretrained` writes, and expected.safetensors: rows of ids of two lengths, and the float32 logits
-of their tokens when padded on the right, and when padded on the left. Rows are longer than the windows and than the
-positions that scaled RoPE was made for. All weights are random, norms and biases too.
+of their tokens when padded on the right, and when padded on the left (of a bare encoder: hidden states, and what its
+pooler makes of them). Rows are longer than the windows and than the positions that scaled RoPE was made for. All
+weights are random, norms and biases too.
 """
 
 import json
@@ -49,6 +50,9 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "beta_fast":
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 GPT2: dict[str, Any] = {"vocab_size": 71, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+BERT: dict[str, Any] = {"vocab_size": 71, "hidden_size": 15, "num_attention_heads": 3, "num_hidden_layers": 3}
+BERT |= {"intermediate_size": 22, "max_position_embeddings": 40, "pad_token_id": 0}
 
 # name → (model_type, config, type of the stored weights)
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -158,6 +162,15 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
         "float32",
     ),
+    "bert": ("bert", BERT, "float32"),
+    "bert-untied": (
+        "bert",
+        BERT
+        | {"hidden_size": 28, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 75, "type_vocab_size": 3}
+        | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "tie_word_embeddings": False},
+        "bfloat16",
+    ),
+    "bare-bert": ("bert", BERT | {"hidden_size": 12, "num_attention_heads": 4, "type_vocab_size": 1}, "float32"),
     "reward-llama": ("llama", SMALL | {"num_labels": 1}, "float32"),
     "reward-qwen3": ("qwen3", SMALL | ODD | {"num_labels": 1}, "bfloat16"),
     "reward-mixtral": (
@@ -174,20 +187,23 @@ def make(name: str) -> None:
     model_type, values, dtype = CASES[name]
     torch.manual_seed(sum(name.encode()))
     config = transformers.AutoConfig.for_model(model_type, **values, **EAGER)
-    reward = "num_labels" in values
-    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
-    model = kind.from_config(config).eval()
+    reward, bare = "num_labels" in values, name.startswith("bare")
+    model = kind_of(model_type, reward, bare).from_config(config).eval()
     with torch.no_grad():
         for path, weight in model.named_parameters():
             size = 0.3 if weight.ndim == 1 else 0.6 * weight.shape[-1] ** -0.5
             random = torch.randn_like(weight) * size + (1.0 if path.endswith("norm.weight") else 0.0)
             weight.copy_(random.to(getattr(torch, dtype)))
+        if model_type == "bert" and not bare:  # one of the two takes no part in what an untied model computes
+            model.cls.predictions.bias.copy_(model.cls.predictions.decoder.bias)
     ids = torch.randint(
         3, values["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0)
     )
     expected = {"ids": ids.to(torch.int32), "lengths": torch.tensor(LENGTHS, dtype=torch.int32)}
     rows = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
-    if reward:
+    if bare:
+        expected |= run_bare(model, rows)
+    elif reward:
         expected["rewards"] = run(model, rows, left=False, reward=True)
     else:
         for side in ("right", "left"):
@@ -197,6 +213,24 @@ def make(name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="12KB" if name in SHARDED else "5GB")
     safetensors.torch.save_file(expected, folder / "expected.safetensors")
+
+
+def kind_of(model_type: str, reward: bool, bare: bool) -> Any:
+    if bare:
+        return transformers.AutoModel
+    if reward:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForMaskedLM if model_type == "bert" else transformers.AutoModelForCausalLM
+
+
+def run_bare(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """float32 hidden states [rows, S, D], zeros behind each row's, and pooled ones [rows, D]."""
+    mask = torch.tensor([[place < len(row) for place in range(max(map(len, rows)))] for row in rows]).long()
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask)
+    hidden = out.last_hidden_state * mask[:, :, None]
+    return {"hidden": hidden, "pooled": out.pooler_output, "mean": hidden.sum(1) / mask.sum(1, keepdim=True)}
 
 
 def run(model: Any, rows: list[torch.Tensor], left: bool, reward: bool = False) -> torch.Tensor:
@@ -253,13 +287,30 @@ def make_tokenizers() -> None:
             "prompt": fast.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True),
         }
         (folder / "expected.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
+    words = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words.train_from_iterator(
+        TEXTS, trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    )
+    bert = transformers.BertTokenizer(vocab=words.get_vocab())
+    folder = FOLDER / "tokenizer-wordpiece"
+    shutil.rmtree(folder, ignore_errors=True)
+    bert.save_pretrained(folder)
+    texts = ("the cat sees a red dog", "The RIVER, été!", "")
+    expected = {
+        "texts": {text: bert(text)["input_ids"] for text in texts},
+        "decoded": {text: bert.decode(bert(text)["input_ids"], skip_special_tokens=True) for text in texts},
+    }
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
 
 
 def check(folder: str, rows: list[list[int]]) -> dict[str, Any]:
     """What a user finds who loads a directory: logits of the rows of ids, tokens, and what was said meanwhile."""
     values = json.loads((Path(folder) / "config.json").read_text())
     reward = values["architectures"][0].endswith("ForSequenceClassification")
-    kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    encoder, bare = values["model_type"] == "bert", values["architectures"] == ["BertModel"]
+    kind = kind_of(values["model_type"], reward, bare)
     wanted: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True} | EAGER
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -268,14 +319,16 @@ def check(folder: str, rows: list[list[int]]) -> dict[str, Any]:
     text = "the cat sees a dog"
     chat = [{"role": "user", "content": text}]
     with torch.no_grad():
-        logits = [model(input_ids=torch.tensor([row])).logits[0].double().tolist() for row in rows]
+        found = [model(input_ids=torch.tensor([row])) for row in rows]
+        logits = [(out.last_hidden_state if bare else out.logits)[0].double().tolist() for out in found]
     return {
         "loading": {key: sorted(map(str, value)) for key, value in info.items() if value},
         "warnings": [str(w.message) for w in caught],
         "ids": tokenizer(text)["input_ids"],
         "chat": tokenizer.apply_chat_template(chat, tokenize=False) if tokenizer.chat_template else "",
         "logits": logits,
-        "eos": None if reward else model.generation_config.eos_token_id,
+        "mask": tokenizer.mask_token,
+        "eos": None if reward or encoder else model.generation_config.eos_token_id,
     }
 
 

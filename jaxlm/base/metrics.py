@@ -98,9 +98,10 @@ NAMES = {
     "eval/kl": "rl/kl of them",
     "eval/answer_tokens": "tokens an answer of them",
     "eval/eos_rate": "share of them that ended by themselves",
-    "eval/loss": "cross-entropy on held-out rows, nats per counted token; of held-out rankings, the stage's own loss",
+    "eval/loss": "cross-entropy on held-out rows, nats per counted token (of an encoder: per missing word, always the "
+    "same ones); of held-out rankings, the stage's own loss",
     "eval/bits_per_byte": "bits a UTF-8 byte of held-out text",
-    "eval/accuracy": "share of held-out tokens predicted right",
+    "eval/accuracy": "share of held-out tokens (of an encoder: missing words) predicted right",
     "eval/general_loss": "eval/loss on chats of another kind than those trained on",
     "eval/general_bits_per_byte": "eval/bits_per_byte on them",
     "eval/general_accuracy": "eval/accuracy on them",

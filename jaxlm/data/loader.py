@@ -7,7 +7,7 @@ process takes its own. Nothing is kept between steps, so a run resumes by asking
 import copy
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import grain
@@ -21,6 +21,9 @@ from jaxlm.data.mixture import History, Mixture
 from jaxlm.data.prefetch import prefetched
 from jaxlm.data.rows import Row
 from jaxlm.text.config import Split
+
+Change = Callable[[dict[str, np.ndarray], int, Sequence[int]], dict[str, np.ndarray]]
+"""(a batch, its step, its rows' numbers in the global batch) → what is trained on; a function of these alone."""
 
 
 class RowSource:
@@ -80,9 +83,10 @@ class Loader:
         own: Sequence[int] | None = None,
         prefetch: int = 2,
         exclude: Sequence[Sequence[str]] = (),
+        change: Change | None = None,
     ):
         """`sources` are (pack folder, weight). `own`: which of a global batch's rows to load; None: all. `prefetch`
-        counts batches. `exclude`: of each source, what reads as padding.
+        counts batches. `exclude`: of each source, what reads as padding. `change`: what is done to every batch.
 
         Raises ConfigError or UserError for sources that do not fit together.
         """
@@ -98,7 +102,7 @@ class Loader:
         self.tokenizer_hash = self.sources[0].tokenizer_hash
         self.weights = tuple(weight for _, weight in sources)
         self.mixture = Mixture(((0, self.weights),), global_batch)
-        self.global_batch, self.prefetch = global_batch, prefetch
+        self.global_batch, self.prefetch, self.change = global_batch, prefetch, change
         self.own = range(global_batch) if own is None else own
         self._orders = [
             self._order(grain.MapDataset.source(source), seed, number) for number, source in enumerate(self.sources)
@@ -123,7 +127,8 @@ class Loader:
         """The own rows of a step, as the arrays of `Row`, each [len(own), row_length]."""
         first = step * self.global_batch
         places = (self.mixture.locate(first + row) for row in self.own)
-        return _stack([cast(Row, self._orders[source][number]) for source, number in places])
+        made = _stack([cast(Row, self._orders[source][number]) for source, number in places])
+        return self.change(made, step, self.own) if self.change else made
 
     def described(self, step: int, history: History) -> list[dict[str, Any]]:
         """Of each row of the step's whole batch: the source's folder, the row's number in it, and its documents."""

@@ -133,6 +133,8 @@ def numbered(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def subject_of(config: EvaluateConfig, lm: Any, name: str, template: str | None = None) -> Subject:
     """A `hub.LanguageModel` as metrics see it; `template` None: the config's `chat_template`."""
+    if not lm.config.causal:
+        raise ConfigError("model", f"{name} is an encoder: its tokens see what they would have to predict")
     chosen = config.chat_template if template is None else template
     own = chat.load(chosen, lm.tokenizer) if chosen else lm.chat_template
     row_length = config.row_length or lm.context_tokens

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxlm.base import manifest, metrics, sharding
 from jaxlm.base.arrays import Array
 from jaxlm.base.metrics import Mean
-from jaxlm.data.loader import RowSource, heldout_batches
+from jaxlm.data.loader import Change, RowSource, heldout_batches
 from jaxlm.model.lora import joined
 from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import tokenizer as tokenizers
@@ -29,14 +29,14 @@ class HeldoutSet(NamedTuple):
 
 
 def evaluate_batch(params: Params, batch: Mapping[str, Array], *, definition: Definition, chunk_tokens: int) -> Any:
-    """Held-out sums of one batch; its "bytes" are those that each token stands for, int32 `[B, S]`."""
+    """Held-out sums of one batch; its "bytes" are those that each token stands for, int32 `[B, S]`.
+
+    Rows with "targets" of their own have words missing: what those stand for is not the text, and has no bits per byte.
+    """
     sums = losses.row_sums(params, batch, definition, chunk_tokens)
     bytes_ = jnp.sum(jnp.where(batch["loss_mask"], batch["bytes"], 0)).astype(jnp.float32)
-    return {
-        "loss": Mean(sums.loss, sums.targets),
-        "bits_per_byte": Mean(sums.loss / math.log(2), bytes_),
-        "accuracy": Mean(sums.correct, sums.targets),
-    }
+    found = {"loss": Mean(sums.loss, sums.targets), "accuracy": Mean(sums.correct, sums.targets)}
+    return found if "targets" in batch else found | {"bits_per_byte": Mean(sums.loss / math.log(2), bytes_)}
 
 
 def evaluator(
@@ -47,10 +47,12 @@ def evaluator(
     batch_rows: int,
     limit: int = 0,
     chunk_tokens: int = 0,
+    change: Change | None = None,
 ) -> Callable[[TrainState], dict[str, float]]:
     """state → figures of its parameters, and of their average if it has one.
 
-    A batch has `batch_rows` rows; `limit` bounds the batches of a folder, 0: all.
+    A batch has `batch_rows` rows; `limit` bounds the batches of a folder, 0: all. `change` is done to every batch; its
+    rows are numbered through each folder.
     """
     mesh = program.mesh
     rows = sharding.batch_sharding(mesh)
@@ -64,7 +66,7 @@ def evaluator(
 
     def measure(params: Params, heldout: HeldoutSet) -> dict[str, float]:
         total: Any = None
-        for batch in _batches(heldout.folders, mesh, batch_rows, limit):
+        for batch in _batches(heldout.folders, mesh, batch_rows, limit, change):
             found = step(program.whole(params), batch)
             total = metrics.merge(total, found) if total else found
         return metrics.values(total) if total else {}
@@ -76,21 +78,25 @@ def evaluator(
             figures |= {prefix + name: value for name, value in measure(state.params, heldout).items()}
         if state.ema and sets:
             average = measure(state.ema, sets[0])
-            figures |= {f"eval/ema_{name}": average[name] for name in ("loss", "bits_per_byte") if average}
+            figures |= {f"eval/ema_{name}": average[name] for name in ("loss", "bits_per_byte") if name in average}
         return figures
 
     return evaluate
 
 
-def _batches(folders: Sequence[str], mesh: Mesh, count: int, limit: int) -> Iterator[dict[str, jax.Array]]:
+def _batches(
+    folders: Sequence[str], mesh: Mesh, count: int, limit: int, change: Change | None
+) -> Iterator[dict[str, jax.Array]]:
     """The global held-out batches of all folders, with the bytes that each token stands for."""
     own = sharding.own_rows(mesh, count)
     for folder in folders:
         if not has_heldout(folder):
             continue
         token_bytes = tokenizers.load(f"{folder}/tokenizer").token_bytes()
-        for batch, _ in heldout_batches(RowSource(folder, "heldout"), count, own=own, limit=limit or None):
-            yield sharding.global_batch(mesh, batch | {"bytes": token_bytes[batch["ids"]]}, count)
+        made = heldout_batches(RowSource(folder, "heldout"), count, own=own, limit=limit or None)
+        for number, (batch, _) in enumerate(made):
+            changed = change(batch, 0, [number * count + row for row in own]) if change else batch
+            yield sharding.global_batch(mesh, changed | {"bytes": token_bytes[batch["ids"]]}, count)
 
 
 def has_heldout(folder: str) -> bool:

@@ -42,7 +42,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     began = time.monotonic()
     read_from = inputs(config)
-    directory = model_directory.read(find_model(config.model, "model"), field="model")
+    directory = model_directory.read(find_model(config.model, "model"), field="model", encoders=True)
     if not config.without_verdict:
         require_verdict(directory)
     output = epath.Path(config.output or f"{config.workdir}/hugging_face")
@@ -108,16 +108,16 @@ def _write_config(directory: ModelDirectory, values: dict[str, Any], dtype: str,
     ids["bos_token_id"] = tokenizer.bos_id
     names = {kind: name for name, kind in DTYPES.items()}
     extra: dict[str, Any] = {"torch_dtype": names[dtype], "use_cache": True}
-    if context and "n_positions" not in values:
+    if context and not {"n_positions", "max_position_embeddings"} & values.keys():
         extra["max_position_embeddings"] = context
     if directory.config.criteria:
         # Their class adds nothing to the score: this is kept for reading the model back, and ignored by others.
         bias = _read(directory, ["score_bias"])[0]
         extra |= {"score_bias": bias.tolist()} if bias.any() else {}
     files.write_json(output / "config.json", values | ids | extra)
-    if not directory.config.criteria:
+    if not directory.config.criteria and directory.config.causal:
         files.write_json(output / generation.FILE_NAME, dict(stored.values) | ids)
-    tokenizer_files.write(tokenizer, template, output, context)
+    tokenizer_files.write(tokenizer, template, output, context, encoder=not directory.config.causal)
 
 
 def _read(directory: ModelDirectory, names: list[str]) -> list[np.ndarray]:

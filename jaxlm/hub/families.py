@@ -1,4 +1,4 @@
-"""Families of decoders as Hugging Face's transformers names them: each a table of weights, and one of fields.
+"""Families of models as Hugging Face's transformers names them: each a table of weights, and one of fields.
 
 What a class computes and what its fields default to is read off transformers 5.23, models/*/configuration_*.py and
 modeling_*.py. A key of config.json that is neither in its family's table nor among those of `INERT`, which change
@@ -27,7 +27,7 @@ from jaxlm.hub.fields import (
 )
 from jaxlm.hub.mixtures import every_layer, qwen_moe
 from jaxlm.hub.rope import gemma3_rope, gpt_oss_rope, neox_rope, phi3_rope, rope
-from jaxlm.hub.rules import AFTER, BOTH, ENDS, GPT2, GPT_OSS, LLAMA, MIXTRAL, NEOX, PHI3, PRODUCTS, QWEN_MOE, Rule
+from jaxlm.hub.rules import AFTER, BERT, BOTH, ENDS, GPT2, GPT_OSS, LLAMA, MIXTRAL, NEOX, PHI3, PRODUCTS, QWEN_MOE, Rule
 from jaxlm.model.config import ModelConfig
 
 MOST_LAYERS = 10_000
@@ -55,12 +55,18 @@ class Family:
     """Its language model's class, where that is not the name and ForCausalLM."""
     reward: str = ""
     """The same for ForSequenceClassification."""
+    heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of encoders, class → our `head`, in place of those two; the one without logits is the bare encoder."""
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Ends of names of tensors that older checkpoints hold and that are computed anyway."""
+    """Ends of names of tensors that older checkpoints hold and that are computed anyway, or that its class lacks."""
 
-    def classes(self) -> tuple[str, str]:
-        """Its language model's class and its reward model's."""
-        return self.causal or self.name + CAUSAL, self.reward or self.name + REWARD
+    def classes(self) -> tuple[str, ...]:
+        """Its language model's class and its reward model's; an encoder's by their heads."""
+        return tuple(self.heads) or (self.causal or self.name + CAUSAL, self.reward or self.name + REWARD)
+
+    def is_bare(self, config: ModelConfig) -> bool:
+        """Whether names of its checkpoint lack the prefix."""
+        return config.head == "pooler"
 
     def read(self, values: Mapping[str, Any], where: str) -> ModelConfig:
         """The ModelConfig of a config.json. Raises UserError for what is not understood, each by its name."""
@@ -77,7 +83,9 @@ class Family:
                     raise UserError(f"{where}: gives a model of {made['layers']} layers, of {MOST_LAYERS} at most")
         except ConfigError as error:
             raise UserError(f"{where}: gives a model whose {error}") from None
-        if classes[0] == self.classes()[1]:
+        if self.heads:
+            made["head"] = self.heads[classes[0]]
+        elif classes[0] == self.classes()[1]:
             labels = reader.take("id2label", dict) or {"0": "LABEL_0"}
             try:
                 names = [str(labels[key]) for key in sorted(labels, key=int)]
@@ -94,10 +102,9 @@ class Family:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """config.json without what is inert. Raises UserError where `read` would give another config back."""
-        values: dict[str, Any] = {
-            "model_type": self.model_type,
-            "architectures": [self.classes()[bool(config.criteria)]],
-        }
+        by_head = [name for name, head in self.heads.items() if head == config.head]
+        name = by_head[0] if by_head else self.classes()[bool(config.criteria)]
+        values: dict[str, Any] = {"model_type": self.model_type, "architectures": [name]}
         for part in self.parts:
             values |= part.write(config)
         if config.criteria:
@@ -305,6 +312,37 @@ FAMILIES = (
         fixed=LAYER_NORM,
         prefix="gpt_neox.",
         buffers=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    ),
+    Family(
+        model_type="bert",
+        name="Bert",
+        rules=BERT,
+        parts=(
+            renamed(
+                vocab_size="vocab_size",
+                hidden_size="width",
+                num_hidden_layers="layers",
+                num_attention_heads="heads",
+                intermediate_size="feed_forward",
+                max_position_embeddings="learned_positions",
+                type_vocab_size="token_types",
+                layer_norm_eps="norm_epsilon",
+                tie_word_embeddings="tied_embeddings",
+            ),
+            activation("hidden_act"),
+        ),
+        defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        fixed=LAYER_NORM | {"causal": False, "norm_place": "sum", "biases": ("qkv", "output", "mlp")},
+        only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+        | {"directionality": "bidi"},
+        prefix="bert.",
+        heads={"BertForMaskedLM": "transform", "BertModel": "pooler"},
+        # A checkpoint of BERT's pretraining has the head of its other task too, and the pooler that this one reads.
+        buffers=(
+            "embeddings.position_ids",
+            *("bert.pooler.dense.weight", "bert.pooler.dense.bias"),
+            *("cls.seq_relationship.weight", "cls.seq_relationship.bias"),
+        ),
     ),
 )
 BY_TYPE = {family.model_type: family for family in FAMILIES}

@@ -16,6 +16,8 @@ INERT = frozenset(
     use_flash_attn output_attentions output_hidden_states return_dict chunk_size_feed_forward tie_encoder_decoder
     initializer_range initializer_factor
     attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop
+    hidden_dropout_prob attention_probs_dropout_prob
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
     max_position_embeddings n_positions n_ctx original_max_position_embeddings pretraining_tp reorder_and_upcast_attn
     task_specific_params finetuning_task problem_type id2label label2id num_labels is_decoder prefix
@@ -286,7 +288,7 @@ def plain(config: ModelConfig) -> dict[str, Any]:
         del values[field]
     kinds = [config.kind(layer) for layer in range(config.layers)]
     values |= {"pattern": repeating(kinds), "query_scalar": config.query_scalar or float(config.head_size)}
-    values["tied_embeddings"] = config.tied_embeddings and not config.criteria
+    values["tied_embeddings"] = config.tied_embeddings and not config.criteria and config.head != "pooler"
     values["biases"] = tuple(sorted(config.biases))
     near = "local" in kinds
     values["window"] = config.window if any(kind.startswith("local") for kind in kinds) else 0

@@ -55,9 +55,10 @@ def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:
 
 def summary_of(outcome: Outcome, metric: str, seconds: float) -> dict[str, Any]:
     """The stage's line in `run`'s table."""
-    bits = outcome.evaluation.get(metric)
+    found = outcome.evaluation.get(metric)
+    unit = "bits a byte" if metric.endswith("bits_per_byte") else "nats a missing word"
     return {
         "seconds": seconds,
         "tokens_per_second": outcome.tokens_per_second,
-        "figure": f"{bits:.3f} bits a byte held out" if bits else f"step {outcome.step}",
+        "figure": f"{found:.3f} {unit} held out" if found else f"step {outcome.step}",
     }

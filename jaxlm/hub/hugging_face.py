@@ -11,6 +11,7 @@ config before the first of them is read.
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,9 +21,10 @@ from etils import epath
 
 from jaxlm.base import files, precision
 from jaxlm.base.errors import UserError
-from jaxlm.hub import families
+from jaxlm.hub import families, pooling
 from jaxlm.hub.families import Family
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.pooling import Pooling
 from jaxlm.hub.rules import Rule
 from jaxlm.hub.tokenizers import read_template, read_tokenizer
 from jaxlm.model.config import ModelConfig
@@ -65,14 +67,15 @@ def tensors_of(family: Family, config: ModelConfig) -> list[Tensor]:
         each = range(config.experts.count) if places == 2 else (-1,)
         for layer in range(config.layers if places else 1):
             names = [name.format(layer) for name in rule.ours]
-            if names[0] not in left:
+            if names[0] not in left and not (rule.again and names[0] in shapes and not config.tied_embeddings):
                 continue
             parts = tuple((name, shapes[name][places == 2 :]) for name in names)
             *rest, last = parts[0][1]
             theirs = (*rest, sum(shape[-1] for _, shape in parts))
             theirs = theirs[::-1] if rule.turned else theirs
             heads = config.heads if rule.by_head else last if rule.in_turn else 1
-            found += [Tensor(rule.theirs.format(layer, e), theirs, rule, parts, heads, e) for e in each]
+            name = rule.theirs.removeprefix(family.prefix if family.is_bare(config) else "")
+            found += [Tensor(name.format(layer, e), theirs, rule, parts, heads, e) for e in each]
             left -= set(names)
     # A reward model of ours has a bias, theirs has none: `export` writes it into config.json.
     if left - {"score_bias"}:
@@ -163,6 +166,10 @@ class HuggingFaceDirectory:
         """None where the directory has none."""
         return read_template(self.folder, self.tokenizer())
 
+    def pooling(self) -> Pooling | None:
+        """What sentence-transformers makes vectors by; None where the directory does not say."""
+        return pooling.read(self.folder)
+
     def context_tokens(self) -> int:
         """Longest texts that it was made for; 0 where config.json does not say."""
         value = self.values.get("max_position_embeddings") or self.values.get("n_positions")
@@ -223,22 +230,24 @@ class HuggingFaceDirectory:
                 problems.append(f"{t.name}: is {kind}{list(shape)}, but {list(t.shape)} of {' '.join(TYPES)} is needed")
         names = {t.name for t in expected}
         for name in stored.keys() - names:
-            if not name.endswith(self.family.buffers) and not self._is_tied_head(name, stored):
+            if not name.endswith(self.family.buffers) and not self._is_copy(name, stored):
                 problems.append(f"unknown: {name} {stored[name].get_shape()}")
         if problems:
             shown = sorted(problems)[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
             raise UserError(f"{self.folder}: its tensors do not fit its config.json:\n  " + "\n  ".join(shown))
         return expected
 
-    def _is_tied_head(self, name: str, stored: Mapping[str, Any]) -> bool:
+    def _is_copy(self, name: str, stored: Mapping[str, Any]) -> bool:
         """Whether it is the output head of a config with tied embeddings, stored again; one that differs is refused."""
-        heads = [rule.theirs for rule in self.family.rules if rule.ours == ("head",)]
-        tables = [rule.theirs for rule in self.family.rules if rule.ours == ("embedding",)]
-        if name not in heads or not self.config.tied_embeddings or tables[0] not in stored:
+        first = {rule.ours: rule.theirs for rule in reversed(self.family.rules)}
+        copies = {rule.theirs: first[rule.ours] for rule in self.family.rules if rule.again}
+        copies[first["head",]] = first["embedding",]
+        original = copies.get(name, "")
+        if not self.config.tied_embeddings or original not in stored:
             return False
-        if not np.array_equal(stored[name][:], stored[tables[0]][:]):
+        if not np.array_equal(stored[name][:], stored[original][:]):
             raise UserError(
-                f"{self.folder}: {name} differs from {tables[0]}, though config.json has tie_word_embeddings true"
+                f"{self.folder}: {name} differs from {original}, though config.json has tie_word_embeddings true"
             )
         return True
 
@@ -270,11 +279,17 @@ class HuggingFaceDirectory:
             yield self._named(stored)
 
     def _named(self, stored: dict[str, Any]) -> dict[str, Any]:
-        """The names of the language model's class: a bare decoder's lack the prefix, GPT-NeoX's head has two names."""
+        """The names of the config's class: a bare decoder's lack the prefix, GPT-NeoX's head has two names, and BERT's
+        norms have old ones."""
         prefix = self.family.prefix
-        if not any(name.startswith(prefix) for name in stored):
-            bare = ("lm_head.", "embed_out.", "score.")
+        if self.family.is_bare(self.config):
+            stored = {name.removeprefix(prefix): value for name, value in stored.items()}
+        elif not any(name.startswith(prefix) for name in stored):
+            bare = ("lm_head.", "embed_out.", "score.", "cls.")
             stored = {name if name.startswith(bare) else prefix + name: value for name, value in stored.items()}
+        if self.family.model_type == "bert":
+            old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+            stored = {re.sub("LayerNorm.(gamma|beta)$", lambda m: old[m[0]], k): v for k, v in stored.items()}
         if self.family.model_type == "gpt_neox" and "lm_head.weight" in stored:
             stored["embed_out.weight"] = stored.pop("lm_head.weight")
         return stored

@@ -49,6 +49,7 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
         "model_type": directory.family.model_type,
         "dtype": directory.dtype,
         "other_dtypes": directory.other_dtypes,
+        "pooling": directory.pooling(),
     }
     facts: dict[str, Any] = {"hugging_face": origin, "parameters": definition.parameter_count()}
     if context := directory.context_tokens():

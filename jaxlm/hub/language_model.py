@@ -6,35 +6,36 @@ lm.chat([{"role": "user", "content": "What does textwrap.dedent do?"}])         
 lm.score(["A sentence."])[0].bits_per_byte
 lm.logits([[1, 17, 23]]).shape                                         # (1, 3, V)
 jaxlm.load("runs/reward").reward([[question, answer]])                 # of a reward model: float32 [1]
+jaxlm.load("models/bert").embed(["A sentence."])                       # of an encoder: float32 [1, D]
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlm.base.arrays import Array, Float32, Int
+from jaxlm.base.arrays import Array, Float32
 from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
-from jaxlm.base.sharding import constrain
-from jaxlm.hub import hugging_face, peft
+from jaxlm.hub import forward, hugging_face, peft
 from jaxlm.hub.find import find_model, is_hugging_face
+from jaxlm.hub.forward import SCORE_ROWS, padded, scoring_windows
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.pooling import Pooling
 from jaxlm.model.config import ModelConfig, adapted
 from jaxlm.model.lora import joined
 from jaxlm.model.transformer import for_inference
-from jaxlm.model.weights import Definition, Params, apply
+from jaxlm.model.weights import Params
 from jaxlm.sample.config import SamplingConfig
-from jaxlm.sample.sampler import Completion, Sampler, bucket
+from jaxlm.sample.sampler import Completion, Sampler
 from jaxlm.sample.scoring import TokenScores, token_scores
 from jaxlm.tokenizer.chat import ASSISTANT, ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
@@ -43,8 +44,6 @@ from jaxlm.train import model_directory
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Conversation | Sequence[int]
 
-# Rows that `score` and `reward` put through the model together.
-SCORE_ROWS = 16
 # Most tokens of an answer where nobody says how many.
 ANSWER_TOKENS = 512
 
@@ -78,7 +77,8 @@ def load(
     without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
     """
     foreign = is_hugging_face(epath.Path(path))
-    directory = hugging_face.read(path) if foreign else model_directory.read(find_model(path), verify=verify)
+    ours = lambda: model_directory.read(find_model(path), verify=verify, encoders=True)
+    directory = hugging_face.read(path) if foreign else ours()
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
@@ -95,12 +95,14 @@ def load(
         chat_template=directory.chat_template(),
         context_tokens=directory.context_tokens(),
         generation=Generation.read(directory.folder, getattr(directory, "values", {})),
+        pooling=_pooling(directory),
         mesh=mesh,
     )
 
 
 class LanguageModel:
-    """A model with its tokenizer, ready to score and to speak; a reward model (with `config.criteria`) only rewards."""
+    """A model with its tokenizer, ready to score and to speak; a reward model (with `config.criteria`) only rewards;
+    an encoder (`config.causal` off) gives vectors, and logits of the tokens that stand there (of [MASK])."""
 
     config: ModelConfig
     params: Params
@@ -122,6 +124,7 @@ class LanguageModel:
         chat_template: ChatTemplate | None = None,
         context_tokens: int = 0,
         generation: Generation | None = None,
+        pooling: Pooling | None = None,
         mesh: Mesh | None = None,
     ):
         """`params` as `jaxlm.sample.decoding.prepare(config, params)` gives them."""
@@ -131,6 +134,7 @@ class LanguageModel:
         self.chat_template = chat_template
         self.context_tokens = context_tokens
         self.mesh = mesh
+        self.pooling: Pooling = pooling or "mean"
         # A chat model can still go on with a document, which ends with EOS.
         ends = (tokenizer.eos_id, *chat_template.stop_ids) if chat_template else ()
         if generation is not None:
@@ -145,7 +149,7 @@ class LanguageModel:
 
         What stands in the padding changes nothing; the logits there mean nothing. Compiles once for each [B, S].
         """
-        self._require_speech("logits")
+        self._require_logits("logits")
         given = np.asarray(ids)
         if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
             raise UserError(f"ids: got shape {given.shape} of {given.dtype}; whole numbers [B, S] are needed")
@@ -159,7 +163,7 @@ class LanguageModel:
             raise UserError(f"lengths: got {counts.tolist()}; a number from 1 to {S} for each of {B} rows is needed")
         segments = np.arange(S)[None] < counts[:, None]
         with self._on_mesh():
-            return _logits(self.definition, self.params, given.astype(np.int32), segments.astype(np.int32))
+            return forward.logits(self.definition, self.params, given.astype(np.int32), segments.astype(np.int32))
 
     def generate(
         self,
@@ -266,14 +270,38 @@ class LanguageModel:
         if isinstance(conversations, str | Mapping) or (conversations and isinstance(conversations[0], Mapping)):
             raise UserError("conversations: got a single one; a list of conversations is needed")
         rows = [self._judged(conversation, f"conversations[{i}]") for i, conversation in enumerate(conversations)]
+        return self._each(rows, forward.last_scores, len(criteria))
+
+    def embed(self, texts: Sequence[str], pooling: Pooling | None = None) -> Float32[np.ndarray, "B D"]:
+        """An encoder's vector for each text, made of the last layer's states of its tokens; not normalised.
+
+        A text is encoded as documents are packed and as BERT takes it: BOS ([CLS]), the text, EOS ([SEP]). mean: the
+        mean over all of them, these two included; first: BOS's; pooler: what the model's pooler makes of BOS's; None:
+        as a sentence-transformers directory says, else mean. Padding and other texts change nothing but rounding.
+        """
+        pooling = pooling or self.pooling
+        if self.config.causal:
+            raise UserError("embed: the model is a decoder, whose tokens know nothing of what follows; load an encoder")
+        if isinstance(texts, str):
+            raise UserError("texts: got a single one; a list of texts is needed")
+        if pooling not in get_args(Pooling) or (pooling == "pooler" and self.config.head != "pooler"):
+            raise UserError(f"pooling: the model has no {pooling!r}; take mean or first")
+        rows = [np.array([*self.sampler.encode(text), self.tokenizer.eos_id]) for text in texts]
+        for number, row in enumerate(rows):
+            if self.context_tokens and len(row) > self.context_tokens:
+                raise UserError(f"texts[{number}]: has {len(row)} tokens, the context is {self.context_tokens}; cut it")
+        return self._each(rows, functools.partial(forward.embeddings, pooling=pooling), self.config.width)
+
+    def _each(self, rows: Sequence[np.ndarray], run: Callable[..., Array], size: int) -> Float32[np.ndarray, "B size"]:
+        """`run`'s `size` numbers for each row of ids, those of like length together."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        rewards = np.zeros((len(rows), len(criteria)), np.float32)
+        made = np.zeros((len(rows), size), np.float32)
         for at in range(0, len(order), SCORE_ROWS):
             group = order[at : at + SCORE_ROWS]
-            ids, segments, positions = _padded([rows[index] for index in group])
             with self._on_mesh():
-                rewards[group] = _last_scores(self.definition, self.params, ids, segments, positions)[: len(group)]
-        return rewards
+                found = run(self.definition, self.params, *padded([rows[index] for index in group]))
+            made[group] = found[: len(group)]
+        return made
 
     def _judged(self, conversation: Conversation, where: str) -> np.ndarray:
         """The ids of a conversation up to the stop token of its last message."""
@@ -303,6 +331,16 @@ class LanguageModel:
         return self.config.criteria
 
     def _require_speech(self, method: str) -> None:
+        self._require_logits(method)
+        if not self.config.causal:
+            raise UserError(
+                f"{method}: the model is an encoder, which reads texts both ways and writes none; take `embed`, or "
+                "`logits` of the tokens that stand there"
+            )
+
+    def _require_logits(self, method: str) -> None:
+        if self.config.head == "pooler":
+            raise UserError(f"{method}: the model is a bare encoder without an output head; take `embed`")
         if self.config.criteria:
             raise UserError(
                 f"{method}: the model is a reward model, which says nothing; take `reward` or `rewards`, for "
@@ -312,7 +350,8 @@ class LanguageModel:
     def token_scores(self, rows: Sequence[Sequence[int]]) -> TokenScores:
         """`[SCORE_ROWS, S]`, on the host: each token given those before it in at most SCORE_ROWS rows of ids; S is a
         power of two."""
-        ids, segments, positions = _padded(rows)
+        self._require_speech("token_scores")
+        ids, segments, positions = padded(rows)
         with self._on_mesh():
             return jax.device_get(token_scores(self.definition, self.params, ids, segments, positions))
 
@@ -334,57 +373,17 @@ class LanguageModel:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
 
-def scoring_windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first token to score) so that tokens 1, 2, … are scored once each; the first has nothing before it.
-
-    >>> list(scoring_windows(10, 4))
-    [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8)]
-    """
-    begin, first = 0, 1
-    while first < tokens:
-        end = min(begin + context, tokens)
-        yield begin, end, first
-        begin, first = begin + max(1, context // 2), end
-
-
-def _padded(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, segments, positions), each int32 `[SCORE_ROWS, S]`: padded on the right, S a power of two."""
-    S = bucket(max(len(row) for row in rows), 16)
-    ids, segments = np.zeros((SCORE_ROWS, S), np.int32), np.zeros((SCORE_ROWS, S), np.int32)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)], segments[number, : len(row)] = row, 1
-    return ids, segments, np.broadcast_to(np.arange(S, dtype=np.int32), ids.shape)
-
-
 def _score(logprob: float, scored: Sequence[int], bytes_of: np.ndarray) -> Score:
     count = int(bytes_of[np.array(scored, np.int64)].sum())
     return Score(logprob, -logprob / math.log(2) / count if count else math.nan, len(scored))
 
 
+def _pooling(directory: Any) -> Pooling | None:
+    """As a Hugging Face directory says, or the one that a model directory was imported from."""
+    if isinstance(directory, hugging_face.HuggingFaceDirectory):
+        return directory.pooling()
+    return (directory.manifest.facts.get("hugging_face") or {}).get("pooling")
+
+
 def _sampling(max_tokens: int, fields: Mapping[str, Any]) -> SamplingConfig:
     return from_dict(SamplingConfig, {"max_tokens": max_tokens, **fields}, "generate")
-
-
-@functools.partial(jax.jit, static_argnames=("definition",))
-def _logits(definition: Definition, params: Params, ids: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Array:
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-
-    def forward(model):
-        return model.logits(model(ids, segments, positions)[0])
-
-    return apply(definition, params, forward)
-
-
-@functools.partial(jax.jit, static_argnames=("definition",))
-def _last_scores(
-    definition: Definition,
-    params: Params,
-    ids: Int[Array, "B S"],
-    segments: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-) -> Float32[Array, "B C"]:
-    """A reward model's scores after each row's last token of segment 1."""
-    hidden = apply(definition, params, lambda model: model(ids, segments, positions)[0])
-    ends = jnp.maximum(jnp.sum(segments, axis=1) - 1, 0)
-    last = jnp.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
-    return constrain(apply(definition, params, lambda model: model.scores(last)), None, None)

@@ -17,6 +17,8 @@ class Rule(NamedTuple):
     """Theirs is [out, in], as a torch Linear's; ours is [in, out]."""
     by_head: bool = False
     in_turn: bool = False
+    again: bool = False
+    """It has what an earlier rule's tensor has, and is another one only where embeddings are not tied."""
 
 
 def linear(theirs: str, *ours: str, turned: bool = True, by_head: bool = False) -> tuple[Rule, Rule]:
@@ -130,4 +132,25 @@ NEOX = (
     *linear(f"{NEOX_LAYER}.attention.dense", "layers.{}.attention.output"),
     *linear(f"{NEOX_LAYER}.mlp.dense_h_to_4h", "layers.{}.mlp.up"),
     *linear(f"{NEOX_LAYER}.mlp.dense_4h_to_h", "layers.{}.mlp.down"),
+)
+BERT_LAYER = "bert.encoder.layer.{}"
+BERT = (
+    Rule("bert.embeddings.word_embeddings.weight", ("embedding",)),
+    Rule("bert.embeddings.position_embeddings.weight", ("positions",)),
+    Rule("bert.embeddings.token_type_embeddings.weight", ("types",)),
+    *norm("bert.embeddings.LayerNorm", "embedding_norm"),
+    *linear(f"{BERT_LAYER}.attention.self.query", "layers.{}.attention.query"),
+    *linear(f"{BERT_LAYER}.attention.self.key", "layers.{}.attention.key"),
+    *linear(f"{BERT_LAYER}.attention.self.value", "layers.{}.attention.value"),
+    *linear(f"{BERT_LAYER}.attention.output.dense", "layers.{}.attention.output"),
+    *norm(f"{BERT_LAYER}.attention.output.LayerNorm", "layers.{}.attention_post_norm"),
+    *linear(f"{BERT_LAYER}.intermediate.dense", "layers.{}.mlp.up"),
+    *linear(f"{BERT_LAYER}.output.dense", "layers.{}.mlp.down"),
+    *norm(f"{BERT_LAYER}.output.LayerNorm", "layers.{}.mlp_post_norm"),
+    *linear("bert.pooler.dense", "pooler"),
+    *linear("cls.predictions.transform.dense", "transform.dense"),
+    *norm("cls.predictions.transform.LayerNorm", "transform.norm"),
+    Rule("cls.predictions.decoder.weight", ("head",), turned=True),
+    Rule("cls.predictions.bias", ("head_bias",)),
+    Rule("cls.predictions.decoder.bias", ("head_bias",), again=True),  # the one that is added, where both are there
 )

@@ -53,11 +53,13 @@ def read_tokenizer(folder: epath.Path, vocab_size: int, generation: Generation) 
 
     eos = id_of("eos")
     eos = generation.eos_ids[0] if eos is None and generation.eos_ids else eos
+    with_specials, without = model.encode("a").ids, model.encode("a", add_special_tokens=False).ids
+    if eos is None and with_specials[:-1][-len(without) :] == without:
+        eos = with_specials[-1]  # BERT's [SEP], which is called no end of text
     if eos is None:
         raise UserError(f"{folder}: {CONFIG} names no eos_token, and generation_config.json has no eos_token_id")
     pad = id_of("pad")
     pad = generation.pad_id if pad is None else pad
-    with_specials, without = model.encode("a").ids, model.encode("a", add_special_tokens=False).ids
     bos = with_specials[0] if with_specials[1 : 1 + len(without)] == without != with_specials[:-1] else None
     if isinstance(config.get("add_bos_token"), bool):
         bos = id_of("bos") if config["add_bos_token"] else None
@@ -118,20 +120,44 @@ def _name(config: Mapping[str, Any], kind: str) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def write(tokenizer: Tokenizer, template: ChatTemplate | None, folder: epath.Path, context_tokens: int) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja, as `AutoTokenizer` reads them."""
+def write(
+    tokenizer: Tokenizer, template: ChatTemplate | None, folder: epath.Path, context_tokens: int, encoder: bool = False
+) -> None:
+    """tokenizer.json, tokenizer_config.json and chat_template.jinja, as `AutoTokenizer` reads them.
+
+    An `encoder`'s puts BOS and EOS around every text, as `LanguageModel.embed` does, and calls them BERT's names too.
+    """
     values = tokenizer.values if isinstance(tokenizer, HuggingFaceTokenizer) else _converted(tokenizer)
+    values = _framed(values, tokenizer) if encoder else values
     files.write_bytes(folder / FAST, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     names = {id: name for name, id in tokenizer.special_ids.items()}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for kind, id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)):
         if id is not None:
             config[f"{kind}_token"] = names.get(id) or tokenizer.piece(id)
+    if encoder:
+        config |= {"cls_token": config.get("bos_token"), "sep_token": config["eos_token"]}
+        config |= {f"{name[1:-1].lower()}_token": name for name in ("[MASK]", "[UNK]") if name in tokenizer.special_ids}
     if context_tokens:
         config["model_max_length"] = context_tokens
     files.write_json(folder / CONFIG, config)
     if template is not None:
         files.write_bytes(folder / chat.FILE_NAME, template.source.encode())
+
+
+def _framed(values: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The same with BOS and EOS around a text."""
+    made = tokenizers.Tokenizer.from_str(json.dumps(values))
+    ends = [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None]
+    pieces = [(made.id_to_token(id) or "", id) for id in ends]
+    inner = made.encode("a", add_special_tokens=False).ids
+    if made.encode("a").ids == [*ends[:-1], *inner, ends[-1]]:
+        return values
+    first, last = " ".join([piece for piece, _ in pieces[:-1]]), pieces[-1][0]
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}".strip(), pair=f"{first} $A {last} $B {last}".strip(), special_tokens=pieces
+    )
+    return json.loads(made.to_str())
 
 
 def _converted(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -73,20 +73,20 @@ class Place(NamedTuple):
     """int32 `[]`: where in the cache the new keys go; None without a cache."""
 
 
-def visible(place: Place, window: int) -> Bool[Array, "B S T"]:
+def visible(place: Place, window: int, causal: bool = True) -> Bool[Array, "B S T"]:
     """A query sees keys of its own segment, not after it, and less than `window` before it (0: any).
 
-    Two documents of 2 and 1 tokens and a pad, as ones and zeros:
+    Two documents of 2 and 1 tokens and a pad, as ones and zeros; and where attention is not `causal`:
 
-        1 0 0 0
-        1 1 0 0
-        0 0 1 0
-        0 0 0 0
+        1 0 0 0    1 1 0 0
+        1 1 0 0    1 1 0 0
+        0 0 1 0    0 0 1 0
+        0 0 0 0    0 0 0 0
     """
     query, key = place.query_positions[:, :, None], place.key_positions[:, None, :]
     same = place.query_segments[:, :, None] == place.key_segments[:, None, :]
     real = place.key_segments[:, None, :] > 0
-    seen = same & real & (key <= query)
+    seen = same & real & (key <= query) if causal else same & real
     return seen & (query - key < window) if window else seen
 
 
@@ -134,6 +134,7 @@ def splash_attention(
     window: int,
     soft_cap: float,
     scale: float = 0.0,
+    causal: bool = True,
 ) -> Float[Array, "B S H N"]:
     """The same by jax's Pallas kernel for TPU, which never makes the scores: O(S) memory, skipped blocks.
 
@@ -151,6 +152,7 @@ def splash_attention(
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         one = masks.LocalMask((S, S), (window - 1, 0), 0) if window else masks.CausalMask((S, S))
+        one = one if causal else masks.FullMask((S, S))
         attend = kernel.make_splash_mqa_single_device(
             masks.MultiHeadMask([one] * groups), block_sizes=blocks, attn_logits_soft_cap=soft_cap or None
         )
@@ -211,7 +213,8 @@ class SelfAttention(nnx.Module):
         k = constrain(k, "batch", "sequence", "activation_heads", None)
         v = constrain(v, "batch", "sequence", "activation_heads", None)
         if c.attention == "splash" and past is None:
-            out = splash_attention(q, k, v, place.query_segments, self.window, c.attention_soft_cap, self.scale)
+            given = place.query_segments, self.window, c.attention_soft_cap, self.scale, c.causal
+            out = splash_attention(q, k, v, *given)
         else:
             k, v = precision.swapped(k.swapaxes(1, 2)), precision.held(v.swapaxes(1, 2))
             if past is not None:
@@ -220,6 +223,7 @@ class SelfAttention(nnx.Module):
                 v = jax.lax.dynamic_update_slice_in_dim(past.value, v.astype(past.value.dtype), place.slot, 2)
                 past = Layer(k, v)
             sinks = self.sinks[...] if c.attention_sinks else None
-            out = plain_attention(q, k, v, visible(place, self.window), c.attention_soft_cap, self.scale, sinks)
+            mask = visible(place, self.window, c.causal)
+            out = plain_attention(q, k, v, mask, c.attention_soft_cap, self.scale, sinks)
         out = constrain(out, "batch", "sequence", "activation_heads", None)
         return project(self, "output", out.reshape(B, S, c.heads * c.head_size), c.compute), past

@@ -82,7 +82,7 @@ class ExpertsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer; by default RMSNorm before each part, RoPE, grouped-query attention, gated MLP."""
+    """A transformer, by default a decoder: RMSNorm before each part, RoPE, grouped-query attention, gated MLP."""
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("remat", "attention", "scan_layers")
 
@@ -104,6 +104,8 @@ class ModelConfig:
     """The MLP's nonlinearity (gelu: its tanh form; clamped: GPT-OSS's, of gate and product)."""
     gated_mlp: bool = True
     """down(act(gate(x)) * up(x)); off: down(act(up(x))), as in GPT-2."""
+    causal: bool = True
+    """A token sees those before it and itself; off: all of its text, in both directions (an encoder, as BERT is)."""
     biases: tuple[Bias, ...] = ()
     """Which products have a bias: those of queries, keys and values; attention's output; the MLP's; the router's."""
     experts: ExpertsConfig = ExpertsConfig()
@@ -112,10 +114,14 @@ class ModelConfig:
     """RMSNorm, or LayerNorm with a bias."""
     norm_offset: bool = False
     """RMSNorm multiplies by 1 + scale, as Gemma's does."""
-    norm_place: Literal["before", "after", "both"] = "before"
-    """Whether attention and MLP have a norm on their input, on their output (OLMo 2), or on both (Gemma 2)."""
+    norm_place: Literal["before", "after", "both", "sum"] = "before"
+    """Whether attention and MLP have a norm on their input, on their output (OLMo 2), or on both (Gemma 2); sum: on
+    their output plus what they were added to, which begins with a norm and needs none at the end (BERT)."""
     parallel_mlp: bool = False
     """The MLP reads what attention reads, and both are added at once, as in GPT-NeoX."""
+    head: Literal["plain", "transform", "pooler"] = "plain"
+    """What makes logits: a matrix; transform: one with a dense layer, the activation and a norm before it and a bias
+    after it (BERT's masked-token head). pooler: nothing does, but a dense layer and tanh, over a text's first token."""
     tied_embeddings: bool = False
     """Use the embedding table as the output head too."""
     scale_embeddings: bool = False
@@ -146,6 +152,8 @@ class ModelConfig:
     """Frequencies for texts longer than those of pretraining."""
     learned_positions: int = 0
     """Rows of a learned table of positions, which takes RoPE's place (GPT-2); 0: RoPE."""
+    token_types: int = 0
+    """Rows of a table of segment types, of which every token here has type 0 (BERT); 0: no table."""
     norm_epsilon: float = 1e-6
     """Added to the mean square, or the variance, in norms."""
     compute: Literal["bfloat16", "float32"] = "bfloat16"
@@ -167,18 +175,25 @@ class ModelConfig:
             check(self.heads % self.kv_heads == 0, "kv_heads", f"{self.kv_heads} does not divide heads {self.heads}")
         if self.width and self.heads and not self.head_size:
             check(self.width % self.heads == 0, "heads", f"{self.heads} does not divide width {self.width}")
-        check(self.head_size % 2 == 0, "head_size", f"got {self.head_size}; RoPE turns pairs: an even size is needed")
+        even = self.head_size % 2 == 0 or self.learned_positions > 0
+        check(even, "head_size", f"got {self.head_size}; RoPE turns pairs: an even size is needed")
         turned = self.rope_size % 2 == 0 and 0 <= self.rope_size <= (self.head_size or self.rope_size)
         check(turned, "rope_size", f"got {self.rope_size}; an even number up to the head size is needed")
-        for field in ("rope_base_local", "query_scalar", "learned_positions"):
+        for field in ("rope_base_local", "query_scalar", "learned_positions", "token_types"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; a positive number, or 0, is needed")
         plain = not self.attention_sinks or self.attention != "splash"
         check(plain, "attention", "the splash kernel has no sinks here; take plain, or auto")
-        check(self.gated_mlp or self.activation != "clamped", "activation", "clamped is of gated MLPs only")
+        gated = self.gated_mlp and self.head != "transform"
+        check(gated or self.activation != "clamped", "activation", "clamped is of gated MLPs only")
+        one_sum = self.parallel_mlp and self.norm_place == "sum"
+        check(not one_sum, "parallel_mlp", "adds both at once, norm_place=sum one after the other; turn one off")
+        check(self.head == "plain" or not self.criteria, "head", f"is {self.head}, but criteria take its place")
+        check(self.causal or not self.criteria, "causal", "is off, but criteria are read at a text's last token")
         check(self.gated_mlp or not self.experts.count, "gated_mlp", "is off, but experts are gated MLPs")
         check(not (self.norm_offset and self.norm == "layer"), "norm_offset", "is of RMSNorm only; set norm=rms")
         check(len(self.pattern) > 0, "pattern", "is empty; give at least one of global, local")
         if any(kind.startswith("local") for kind in self.pattern):
+            check(self.causal, "pattern", "local layers look back only; an encoder (causal=False) takes global ones")
             check(self.window > 0, "window", "must be set for the local layers of the pattern")
         check(self.rope_base > 1, "rope_base", f"got {self.rope_base}; a base above 1 is needed")
         check(self.norm_epsilon > 0, "norm_epsilon", f"got {self.norm_epsilon}; a positive number is needed")

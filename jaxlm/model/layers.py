@@ -174,3 +174,19 @@ class MLP(nnx.Module):
         else:
             inner = ACTIVATIONS[self.activation](inner)
         return project(self, "down", constrain(inner, "batch", "sequence", "activation_mlp"), self.compute)
+
+
+class HeadTransform(nnx.Module):
+    """norm(act(dense(x))): what stands before the output matrix in BERT's masked-token head (arXiv:1810.04805)."""
+
+    def __init__(self, config: ModelConfig):
+        D = config.width
+        self.dense = weight((D, D), ("embed", "norm"), Normal(D**-0.5), matrix=True)
+        self.dense_bias = weight((D,), ("norm",), Constant(0.0))
+        self.norm = make_norm(config)
+        self.activation: Activation = config.activation
+        self.compute: precision.Compute = config.compute
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        inner = project(self, "dense", x.reshape(1, -1, x.shape[-1]), self.compute)
+        return self.norm(ACTIVATIONS[self.activation](inner)).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The decoder transformer: the one forward pass of learner, scorer and sampler.
+"""The transformer: the one forward pass of learner, scorer and sampler.
 
     model = define_model(config)                                # a Definition: no numbers
     params = initialize(model, seed=0)                          # a plain nested dict
@@ -26,7 +26,7 @@ from jaxlm.model import lora
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import AdaptedConfig, ModelConfig
 from jaxlm.model.experts import Experts, Routing
-from jaxlm.model.layers import MLP, Rotations, make_norm, rotations
+from jaxlm.model.layers import MLP, HeadTransform, Rotations, make_norm, project, rotations
 from jaxlm.model.weights import Constant, Definition, Normal, apply, define, number, weight
 
 REMAT_POLICIES = {
@@ -77,7 +77,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         kind = config.kind(layer)
-        if config.norm_place != "after":
+        self.reads_norm = config.norm_place in ("before", "both")
+        if self.reads_norm:
             self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
         if config.norm_place != "before":
             self.attention_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
@@ -96,17 +97,23 @@ class Block(nnx.Module):
         self, x: Float[Array, "B S D"], rotations: Rotations, place: Place, past: Layer | None = None
     ) -> tuple[Float[Array, "B S D"], Layer | None, Routing | None]:
         before, routing = x, None
-        mixed = x if self.place == "after" else self.attention_norm(x)
+        mixed = self.attention_norm(x) if self.reads_norm else x
         mixed, past = self.attention(mixed, rotations[self.kind], place, past)
-        x = x + (mixed if self.place == "before" else self.attention_post_norm(mixed))
+        x = self._add(x, mixed, "attention_post_norm")
         mixed = before if self.parallel else x
-        mixed = mixed if self.place == "after" else self.mlp_norm(mixed)
+        mixed = self.mlp_norm(mixed) if self.reads_norm else mixed
         if hasattr(self, "experts"):
             mixed, routing = self.experts(mixed, place.query_segments > 0)
         else:
             mixed = self.mlp(mixed)
-        x = x + (mixed if self.place == "before" else self.mlp_post_norm(mixed))
+        x = self._add(x, mixed, "mlp_post_norm")
         return constrain(x, "batch", "sequence", None), past, routing
+
+    def _add(self, x: Array, mixed: Array, norm: str) -> Array:
+        if self.place == "before":
+            return x + mixed
+        post_norm = getattr(self, norm)
+        return post_norm(x + mixed) if self.place == "sum" else x + post_norm(mixed)
 
 
 class Transformer(nnx.Module):
@@ -120,6 +127,12 @@ class Transformer(nnx.Module):
         self.embedding = weight((V, D), ("vocab", "embed"), Normal(std))
         if config.learned_positions:
             self.positions = weight((config.learned_positions, D), ("positions", "embed"), Normal(std / 2))
+        if config.token_types:
+            self.types = weight((config.token_types, D), ("positions", "embed"), Normal(std / 2))
+        if config.norm_place == "sum":
+            self.embedding_norm = make_norm(config)
+        else:
+            self.final_norm = make_norm(config)
         if config.scan_layers:
             first, P, end = config.groups()
             self.lead = nnx.Dict({str(i): self._block(config, i) for i in range(first)})
@@ -133,11 +146,16 @@ class Transformer(nnx.Module):
             self.group = tuple(define(Block(config, first + p), config.compute, matrix_dtype) for p in range(P))
         else:
             self.layers = nnx.Dict({str(i): self._block(config, i) for i in range(L)})
-        self.final_norm = make_norm(config)
+        if config.head == "transform":
+            self.transform = HeadTransform(config)
+            self.head_bias = weight((V,), ("norm",), Constant(0.0))
         if C:
             # Scores begin with a variance of about 1, as in Stiennon et al. 2020 (arXiv:2009.01325).
             self.score = weight((D, C), ("embed", "criteria"), Normal((D + 1) ** -0.5))
             self.score_bias = weight((C,), ("criteria",), Constant(0.0))
+        elif config.head == "pooler":
+            self.pooler = weight((D, D), ("embed", "norm"), Normal(D**-0.5), matrix=True)
+            self.pooler_bias = weight((D,), ("norm",), Constant(0.0))
         elif not config.tied_embeddings:
             self.head = weight((D, V), ("embed", "vocab"), Normal(D**-0.5))
         self.config = config
@@ -154,12 +172,14 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Hidden states after the final norm, in the compute type; and the cache with these tokens in it.
 
-        `segments` are 0 at padding; a token sees its own segment up to itself. With a cache, S new tokens are
-        written at its slot and see what it holds.
+        `segments` are 0 at padding; a token sees its own segment, in a causal model up to itself. With a cache, S
+        new tokens are written at its slot and see what it holds.
         """
         if cache is None:
             return self.routed(ids, segments, positions)[0], None
         c = self.config
+        if not c.causal:
+            raise ValueError("an encoder has no cache: tokens to come would change what it holds")
         if c.scan_layers:
             raise ValueError("a cache needs unrolled layers (see model/layout.py): a scan would copy it every step")
         x, turns = self._start(ids, segments, positions, cache.segments.shape[1])
@@ -172,7 +192,7 @@ class Transformer(nnx.Module):
         for index in range(c.layers):
             x, layer, _ = self.layers[str(index)](x, turns, place, cache.layers[index])
             layers.append(layer)
-        return self.final_norm(x), cache._replace(layers=tuple(layers), slot=cache.slot + ids.shape[1])
+        return self._end(x), cache._replace(layers=tuple(layers), slot=cache.slot + ids.shape[1])
 
     def routed(
         self, ids: Int[Array, "B S"], segments: Int[Array, "B S"], positions: Int[Array, "B S"]
@@ -181,7 +201,7 @@ class Transformer(nnx.Module):
         # No position lies past the row's end: it is the index within a segment.
         x, turns = self._start(ids, segments, positions, ids.shape[1])
         x, routing = self._run(x, turns, Place(segments, positions, segments, positions))
-        return self.final_norm(x), routing
+        return self._end(x), routing
 
     def _start(self, ids: Array, segments: Array, positions: Array, limit: int) -> tuple[Array, Rotations]:
         """The embedded tokens, and the rotations at their positions, all below `limit`."""
@@ -191,7 +211,14 @@ class Transformer(nnx.Module):
             # Past the table there is nothing to add: NaN says so, where the last row in its place would not.
             places = jnp.where(segments > 0, positions, 0)
             x = x + self.positions[...].at[places].get(mode="fill", fill_value=jnp.nan).astype(x.dtype)
+        if c.token_types:
+            x = x + self.types[...][:1][None].astype(x.dtype)
+        if c.norm_place == "sum":
+            x = self.embedding_norm(x)
         return x, rotations(c, positions, limit)
+
+    def _end(self, x: Array) -> Array:
+        return x if self.config.norm_place == "sum" else self.final_norm(x)
 
     def embed(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         # The table is gathered over fsdp before the lookup: looking up in a table that is sharded over both of
@@ -236,10 +263,20 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         if self.config.criteria:
             raise ValueError("a reward model has no logits: its output head gave way to scores")
+        if self.config.head == "pooler":
+            raise ValueError("a bare encoder has no logits: its config's head is a pooler")
+        if self.config.head == "transform":
+            hidden = self.transform(hidden)
         head = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         logits = precision.matmul(hidden, head, self.config.compute, wide=True)
+        if self.config.head == "transform":
+            logits = logits + self.head_bias[...].reshape((1,) * (logits.ndim - 1) + (-1,))
         cap = self.config.logit_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def pooled(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B D"]:
+        """tanh(dense(the first token's state)), of a model with a pooler."""
+        return jnp.tanh(project(self, "pooler", hidden[:, :1], self.config.compute)[:, 0])
 
     def scores(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... C"]:
         """A scalar for each of the config's criteria, in their order; read it at a text's last real token."""
@@ -274,16 +311,16 @@ def flops_per_token(config: ModelConfig, sequence: int) -> float:
     whose own are not counted; of experts, the chosen ones), 12 per head-sized score seen.
 
     The embedding lookup is free; a causal query sees (sequence + 1) / 2 keys on average (arXiv:2204.02311, appendix B,
-    counts all S keys; we count those that are seen).
+    counts all S keys; we count those that are seen), an encoder's all.
     """
     D, N = config.width, config.head_size
     e, sparse = config.experts, sum(config.has_experts(layer) for layer in range(config.layers))
     weights = config.layers * 2 * D * N * (config.heads + config.kv_heads)
     weights += (config.layers - sparse) * (2 + config.gated_mlp) * D * config.feed_forward
     weights += sparse * D * (3 * (e.chosen + e.shared) * e.feed_forward + e.count)
-    weights += D * (len(config.criteria) or config.vocab_size)
-    seen = 0.0
-    for layer in range(config.layers):
+    weights += D * (len(config.criteria) or config.vocab_size) + (config.head == "transform") * D * D
+    seen = 0.0 if config.causal else float(config.layers * sequence)
+    for layer in range(config.layers if config.causal else 0):
         reach = min(config.window, sequence) if config.kind(layer).startswith("local") else sequence
         seen += (reach + 1) / 2 if reach == sequence else reach - reach * (reach - 1) / (2 * sequence)
     return (4 if isinstance(config, AdaptedConfig) else 6) * weights + 12 * config.heads * N * seen

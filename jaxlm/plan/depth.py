@@ -5,6 +5,7 @@ What a config gives stays; what it leaves at 0 is derived here. Standard library
 
 import dataclasses
 
+from jaxlm.base.config import check
 from jaxlm.model.config import ModelConfig
 
 # Width over depth. Between 30 and 130 the loss at a given size hardly changes (arXiv:2001.08361, figure 5); 64 keeps
@@ -41,6 +42,8 @@ def derive(
         width=width,
         heads=model.heads or max(width // HEAD_SIZE, 1),
     ).complete()
+    few = f"{model.learned_positions} are too few for rows of {row_length} tokens"
+    check(not 0 < model.learned_positions < row_length, "model.learned_positions", few)
     parameters = matrix_parameters(model)
     tokens = TOKENS_PER_PARAMETER * parameters
     # Training FLOPs C of that horizon. Best batch and rate were measured as powers of C, B = 0.2920 C^0.3271 tokens

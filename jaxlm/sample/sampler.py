@@ -140,6 +140,8 @@ class Sampler:
             yield completion.text[given:]
 
     def _check(self, prompt: Sequence[int], sampling: SamplingConfig, where: str) -> None:
+        if not self.config.causal:
+            raise UserError("the model is an encoder, which writes no text; give a decoder, or take `embed`")
         if not len(prompt):
             raise UserError(f"{where}: is empty, and the tokenizer has no BOS token; give at least one token")
         for token in prompt:

@@ -6,13 +6,14 @@ from typing import ClassVar
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource, check_exclude
 from jaxlm.model.config import LoRAConfig, ModelConfig
+from jaxlm.objectives.config import ObjectiveConfig, check_fits
 from jaxlm.routing.config import RoutingConfig
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StageConfig):
-    """Trains a decoder transformer on packed rows."""
+    """Trains a transformer on packed rows: a decoder, or an encoder on missing words."""
 
     stage: ClassVar[str] = "pretrain"
     runtime_fields: ClassVar[tuple[str, ...]] = (
@@ -30,6 +31,8 @@ class PretrainConfig(StageConfig):
     """Derives layers, width and heads where they are 0. Batch, learning rate and steps at 0 follow from the size."""
     model: ModelConfig = ModelConfig()
     """The transformer."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is predicted: the next token, missing words, or the next token of rearranged documents."""
     row_length: int = 0
     """S: tokens a row; 0 takes the rows'."""
     batch_rows: int = 0
@@ -82,6 +85,7 @@ class PretrainConfig(StageConfig):
         check(self.z_loss >= 0, "z_loss", f"got {self.z_loss}; 0 or more is needed")
         check(self.loss_chunk_tokens >= 0, "loss_chunk_tokens", f"got {self.loss_chunk_tokens}; 0 or more is needed")
         check(self.seed >= 0, "seed", f"got {self.seed}; 0 or more is needed")
+        check_fits(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

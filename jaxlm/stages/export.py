@@ -2,10 +2,10 @@
 
     python -m jaxlm export --model=runs/demo/ppo --output=exported                 # or --workdir=DIR: DIR/hugging_face
 
-`transformers` loads it with `AutoModelForCausalLM` (a reward model with `AutoModelForSequenceClassification`) and
-`AutoTokenizer`; chat template, stop tokens and sampling defaults come along. A model without a passing verdict is
-refused with exit code 3; --without_verdict=true lets it go. Time: 32 s
-for 617 M parameters in bfloat16 (two busy cores), 5.4 GB of memory at the peak.
+`transformers` loads it with `AutoModelForCausalLM` (a reward model with `AutoModelForSequenceClassification`, an
+encoder with `AutoModelForMaskedLM`) and `AutoTokenizer`; chat template, stop tokens and sampling defaults come along.
+A model without a passing verdict is refused with exit code 3; --without_verdict=true lets it go. Time: 32 s for 617 M
+parameters in bfloat16 (two busy cores), 5.4 GB of memory at the peak.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pretraining: packed rows → a base model.
+"""Pretraining: packed rows → a base model, or with objective.masked_words an encoder.
 
     python -m jaxlm pretrain --config=configs/pretrain_1b.py --workdir=runs/base
 
@@ -26,6 +26,7 @@ from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
 from jaxlm.hub.finish import stopped_early, summary_of, write_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import active_parameters, define_model, flops_per_token
+from jaxlm.objectives import rows as objectives
 from jaxlm.plan.depth import derive
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.replay.blackbox import BlackBox
@@ -96,7 +97,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Mean]]:
     """One update on a global batch of rows `[B, S]`."""
     # The loss is a sum over the global batch's targets, divided by their number: pieces and devices only add.
-    targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
+    targets = jnp.sum(losses.predictions_of(batch)[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
     load = balance.loads(state.params, batch, config.accumulate, definition, config.routing)
 
@@ -120,7 +121,7 @@ def build(config: PretrainConfig, mesh: Mesh) -> Program:
     definition = define_model(chosen(config.model, mesh.devices.flat[0].platform, config.row_length))
     optimizer = optimizers.make_optimizer(config.optimizer, definition)
     step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
-    rows = abstract_rows(mesh, config.batch_rows, config.row_length)
+    rows = objectives.abstract(config.objective, abstract_rows(mesh, config.batch_rows, config.row_length))
     return make_program(
         step, definition, optimizer, rows, mesh, rule=config.optimizer, start=from_seed(definition, config.seed)
     )
@@ -163,6 +164,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     with Watchdog(config.loop.watchdog, f"{config.workdir}/log.txt") as watchdog:
         read_from = inputs(config)
         from_first(lambda: manifest.keep_inputs(config.workdir, read_from))
+        tokenizer = tokenizers.load(f"{config.data[0].path}/tokenizer")
         loader = Loader(
             [(source.path, source.weight) for source in config.data],
             "train",
@@ -170,6 +172,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             seed=config.seed,
             own=sharding.own_rows(mesh, config.batch_rows),
             exclude=[source.exclude for source in config.data],
+            change=objectives.change_of(config.objective, tokenizer, config.seed),
         )
         announce(config, mesh)
         program = build(config, mesh)
@@ -182,6 +185,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             batch_rows=config.batch_rows // config.accumulate,
             limit=config.heldout_batches,
             chunk_tokens=config.loss_chunk_tokens,
+            change=objectives.heldout_change_of(config.objective, tokenizer),
         )
         task = Task(
             program=program,
@@ -191,14 +195,13 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             steps=config.steps,
             weights=loader.weights,
             batches=global_batches(loader, mesh),
-            evaluate=with_samples(measure, config, config.model, tokenizers.load(f"{config.data[0].path}/tokenizer")),
+            evaluate=with_samples(measure, config, config.model, tokenizer),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),
             identity=run_identity(config, read_from, tokenizer=loader.tokenizer_hash),
             plateau=config.plateau,
             black_box=BlackBox(config, program, loader.described),
-            # The average is what becomes the model, so it is what is best or stops falling.
-            best_metric="eval/ema_bits_per_byte" if config.optimizer.ema else "eval/bits_per_byte",
+            best_metric=objectives.best_metric(config),
         )
         outcome = train(task, config.loop, config.workdir, watchdog)
         summary = summary_of(outcome, task.best_metric, time.monotonic() - began)

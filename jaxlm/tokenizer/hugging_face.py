@@ -68,12 +68,15 @@ class HuggingFaceTokenizer:
     def _token_bytes(self) -> Int32[np.ndarray, " V"]:
         counts = np.zeros(self.vocab_size, np.int32)
         decoder = self.values.get("decoder") or {}
+        glued = decoder.get("prefix") if decoder.get("type") == "WordPiece" else None  # others have a space in front
         byte_level = "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
         for piece, id in self._model.get_vocab(with_added_tokens=True).items():
             if id in self._added:
                 counts[id] = 0 if self._added[id].special else len(piece.encode())
             elif byte_level:
                 counts[id] = len(piece)  # a character a byte
+            elif glued:
+                counts[id] = len(piece.removeprefix(glued).encode()) + (not piece.startswith(glued))
             else:
                 is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
                 counts[id] = 1 if is_byte else len(piece.replace(SPACE, " ").encode())

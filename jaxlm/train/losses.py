@@ -37,6 +37,13 @@ def targets_of(ids: Int[Array, "B S"], loss_mask: Bool[Array, "B S"]) -> tuple[I
     return jnp.roll(ids, -1, axis=1), jnp.roll(loss_mask, -1, axis=1) & ~last
 
 
+def predictions_of(rows: Mapping[str, Array]) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """The same of `rows`: what they themselves say of each position, under "targets", or the tokens that follow."""
+    if "targets" in rows:
+        return rows["targets"], rows["loss_mask"]
+    return targets_of(rows["ids"], rows["loss_mask"])
+
+
 def token_sums(logits: Float32[Array, "N V"], targets: Int[Array, "N"], counted: Bool[Array, "N"]) -> TokenSums:
     """Cross-entropy sums over the `counted` of N positions."""
     each = token_losses(logits, targets)
@@ -74,7 +81,7 @@ def row_sums(params: Params, rows: Mapping[str, Array], definition: Definition, 
     """Loss sums over the targets of packed `rows`; the logits of `chunk_tokens` positions at a time, or of all."""
     places = rows["ids"], rows["segment_ids"], rows["positions"]
     hidden, routing = apply(definition, params, lambda m: m.routed(*places))
-    targets, counted = targets_of(rows["ids"], rows["loss_mask"])
+    targets, counted = predictions_of(rows)
     flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1)
 
     def sums(flat: Any) -> TokenSums:

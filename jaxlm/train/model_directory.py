@@ -178,10 +178,11 @@ def write(
     return manifest.write(folder, KIND, contents=contents, inputs=inputs, config=config, facts=facts)
 
 
-def read(folder: epath.PathLike, *, verify: bool = True, field: str = "") -> ModelDirectory:
+def read(folder: epath.PathLike, *, verify: bool = True, field: str = "", encoders: bool = False) -> ModelDirectory:
     """Opens a model directory; refuses one that is unfinished, newer, or (unless told not to look) changed.
 
     `verify=False` skips the sha256 of the files, about a second a GB. `field` names the config's field in errors.
+    `encoders`: one that is not causal is welcome too; it would train and speak as if it knew what comes next.
     """
     folder = epath.Path(folder)
     found = manifest.read(folder, KIND, field)
@@ -191,7 +192,10 @@ def read(folder: epath.PathLike, *, verify: bool = True, field: str = "") -> Mod
     version = values.pop("format_version", None) if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder}/config.json: has format_version {version}, this jaxlm reads {FORMAT_VERSION}")
-    return ModelDirectory(folder=folder, config=from_dict(ModelConfig, values, f"{folder}/config.json"), manifest=found)
+    config = from_dict(ModelConfig, values, f"{folder}/config.json")
+    if not (config.causal or encoders):
+        raise UserError(f"{field or 'model'}: {folder} is an encoder, which only jaxlm.load and export take")
+    return ModelDirectory(folder=folder, config=config, manifest=found)
 
 
 def tensor_shapes(declared: Weight) -> list[tuple[str, tuple[int, ...]]]:

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -23,11 +24,12 @@ from jaxlm.hub import export as exporting
 from jaxlm.hub import hugging_face
 from jaxlm.hub import tokenizers as exchange
 from jaxlm.hub.config import ExportConfig, ImportConfig
+from jaxlm.hub.forward import embeddings, last_scores, padded
 from jaxlm.hub.generation import Generation
-from jaxlm.hub.language_model import _last_scores, _padded
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model, for_inference
-from jaxlm.model.weights import initialize
+from jaxlm.model.weights import apply, initialize
+from jaxlm.sample.config import SamplingConfig
 from jaxlm.stages import export, import_
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.tokenizer import train
@@ -39,13 +41,15 @@ from jaxlm.train import model_directory
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"))
+ENCODERS = ("bert", "bert-untied", "bare-bert")
 TOKENIZERS = ("byte-level", "spaces")
 TOOL = Path(__file__).parent.parent.parent / "tools/make_family_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
 
-def copied(tmp_path, name="llama", tokenizer="byte-level"):
+def copied(tmp_path, name="llama", tokenizer=""):
     """A Hugging Face directory with a model and a tokenizer."""
+    tokenizer = tokenizer or ("wordpiece" if name in ENCODERS else "byte-level")
     folder = tmp_path / "source"
     folder.mkdir()
     for path in (*(FIXTURES / name).iterdir(), *(FIXTURES / f"tokenizer-{tokenizer}").iterdir()):
@@ -80,7 +84,9 @@ def test_export_gives_the_imported_files_back(name, tmp_path):
     a, b = hugging_face.read(source), hugging_face.read(output)
     assert a.config == b.config
     assert a.context_tokens() == b.context_tokens()
-    assert a.generation().eos_ids == b.generation().eos_ids[:1]
+    assert a.tokenizer().eos_id == b.tokenizer().eos_id
+    if name not in ENCODERS:
+        assert a.generation().eos_ids == b.generation().eos_ids[:1]
     assert manifest.read(output).inputs == {str(folder / "model"): manifest.read(folder / "model").hash}
 
 
@@ -158,6 +164,171 @@ def test_tokenizers_cut_text_as_transformers_does(name, tmp_path):
     assert tokenizers.load(tmp_path / "saved").hash == tokenizer.hash
 
 
+def test_berts_tokenizer_is_read_and_written(tmp_path):
+    """WordPiece: [CLS] and [SEP] as its post-processor puts them, for which it has no other names."""
+    source = copied(tmp_path, "bert")
+    expected = json.loads((source / "expected.json").read_text())
+    tokenizer = hugging_face.read(source).tokenizer()
+    assert [tokenizer.piece(id) for id in (tokenizer.bos_id, tokenizer.eos_id)] == ["[CLS]", "[SEP]"]
+    folder = epath.Path(tmp_path / "written")
+    folder.mkdir()
+    exchange.write(tokenizer, None, folder, 40, encoder=True)
+    for made in (tokenizer, exchange.read_tokenizer(folder, tokenizer.vocab_size, Generation({}, (), None, None))):
+        for text, ids in expected["texts"].items():
+            assert [made.bos_id, *made.encode(text), made.eos_id] == ids
+            assert made.decode(ids) == expected["decoded"][text]
+        assert made.special_ids["[MASK]"] not in made.encode("a [MASK] b")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert [told[f"{kind}_token"] for kind in ("cls", "sep", "mask", "unk")] == ["[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    # A space before each word, none inside: what decoding gives, and the one before the text.
+    text = "the cat sees a red dog"
+    assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text) + 1
+
+
+def test_berts_checkpoints_have_old_names_copies_and_another_head(tmp_path):
+    """bert-base-uncased as it was published: gamma and beta, and what only pretraining's second task reads."""
+    source = copied(tmp_path, "bert")
+    before = hugging_face.read(source, "float32")
+    definition = for_inference(before.config)[1]
+    expected = before.load_params(definition)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    stored = tensors(source)
+    for new, name in old.items():
+        stored = {key.replace(new, name): value for key, value in stored.items()}
+    stored |= {
+        "bert.pooler.dense.weight": np.ones((15, 15), np.float32),
+        "cls.seq_relationship.weight": np.ones((2, 15), np.float32),
+        "bert.embeddings.position_ids": np.arange(40)[None],
+        "cls.predictions.decoder.weight": stored["bert.embeddings.word_embeddings.weight"],
+        "cls.predictions.decoder.bias": stored["cls.predictions.bias"],
+    }
+    safetensors.numpy.save_file(stored, source / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, hugging_face.read(source, "float32").load_params(definition), expected)
+    stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"] + 1
+    safetensors.numpy.save_file(stored, source / "model.safetensors")
+    with pytest.raises(UserError, match="cls.predictions.decoder.bias differs from cls.predictions.bias"):
+        hugging_face.read(source, "float32").load_params(definition)
+
+
+TEXTS = ["the cat sees a red dog", "river", "", "a bird hears the small red house and the river and the tree"]
+
+
+def test_an_encoder_gives_a_vector_for_each_text(tmp_path):
+    """Means over real tokens: neither padding nor the other texts change them; as transformers has them."""
+    source = copied(tmp_path, "bare-bert")
+    lm = jaxlm.load(source)
+    expected = safetensors.numpy.load_file(source / "expected.safetensors")
+    rows = [row[:length] for row, length in zip(expected["ids"], expected["lengths"], strict=True)]
+    for pooling, name in (("mean", "mean"), ("pooler", "pooled")):
+        got = lm._each(rows, functools.partial(embeddings, pooling=pooling), lm.config.width)
+        np.testing.assert_allclose(got, expected[name], atol=1e-5)
+    together = lm.embed(TEXTS)
+    assert (together.shape, together.dtype) == ((4, 12), np.float32)
+    for pooling in ("mean", "first", "pooler"):
+        alone = np.concatenate([lm.embed([text], pooling) for text in TEXTS])
+        np.testing.assert_allclose(alone, lm.embed(TEXTS, pooling), atol=1e-5)
+    np.testing.assert_array_equal(jaxlm.load(imported(tmp_path, source)).embed(TEXTS), together)
+    assert lm.embed([]).shape == (0, 12)
+    with pytest.raises(UserError, match="got a single one"):
+        lm.embed("the cat")
+    with pytest.raises(UserError, match=r"texts\[1\]: has \d+ tokens, the context is 40"):
+        lm.embed(["the cat", "the cat " * 30])
+    with pytest.raises(UserError, match="pooling: the model has no 'max'"):
+        lm.embed(["the cat"], "max")
+
+
+def sentences(folder, kinds=("Transformer", "Pooling", "Normalize"), **pooling):
+    """Makes it a sentence-transformers directory."""
+    listed = [
+        {"idx": number, "path": f"{number}_{kind}" if number else "", "type": f"sentence_transformers.models.{kind}"}
+        for number, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 12} | pooling))
+
+
+def test_sentence_transformers_say_how_vectors_are_made(tmp_path):
+    """The pooling that the directory names is what holds, there and in the model directory made of it."""
+    source = copied(tmp_path, "bare-bert")
+    lm = jaxlm.load(source)
+    np.testing.assert_array_equal(lm.embed(TEXTS), lm.embed(TEXTS, "mean"))
+    for pooling, flags in (
+        ("first", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}),
+        ("mean", {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "include_prompt": True}),
+        ("first", {"pooling_mode": "cls"}),
+    ):
+        sentences(source, **flags)
+        np.testing.assert_array_equal(jaxlm.load(source).embed(TEXTS), lm.embed(TEXTS, pooling))
+    np.testing.assert_array_equal(jaxlm.load(imported(tmp_path, source)).embed(TEXTS), lm.embed(TEXTS, "first"))
+    sentences(source, pooling_mode_max_tokens=True)
+    with pytest.raises(UserError, match="1_Pooling/config.json: pooling by max_tokens is not understood"):
+        jaxlm.load(source)
+    sentences(source, kinds=("Transformer", "Pooling", "Dense"), pooling_mode_cls_token=True)
+    with pytest.raises(UserError, match=r"modules.json: Dense not understood; without modules.json"):
+        jaxlm.load(source)
+
+
+def test_what_an_encoder_cannot_do_is_refused_by_name(tmp_path):
+    lm = jaxlm.load(copied(tmp_path, "bert"))
+    assert lm.logits([[2, 4, 3]]).shape == (1, 3, 71)
+    for method, given in (("generate", ["a"]), ("score", ["a"]), ("chat", [{"role": "user", "content": "a"}])):
+        with pytest.raises(UserError, match=f"{method}: the model is an encoder, which reads texts both ways"):
+            getattr(lm, method)(given)
+    with pytest.raises(UserError, match="stream: the model is an encoder"):
+        next(lm.stream("a"))
+    with pytest.raises(UserError, match="the model is an encoder, which writes no text"):
+        lm.sampler.generate(lm.params, [[2]], SamplingConfig(max_tokens=2))
+    with pytest.raises(UserError, match="rewards: the model is a language model"):
+        lm.rewards([])
+    with pytest.raises(UserError, match="pooling: the model has no 'pooler'"):
+        lm.embed(["a"], "pooler")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="logits: the model is a bare encoder without an output head"):
+        jaxlm.load(copied(tmp_path / "bare", "bare-bert")).logits([[2, 3]])
+    with pytest.raises(UserError, match="embed: the model is a decoder"):
+        jaxlm.load(our_model(tmp_path / "ours", OURS)).embed(["a"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "rl", "preference", "evaluate", "sample"])
+def test_stages_that_write_refuse_an_encoder(stage, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    folder = imported(tmp_path, copied(tmp_path, "bert"))
+    config = tmp_path / "config.py"
+    config.write_text(STAGE_CONFIGS[stage].format(model=folder, data=tmp_path / "rows.jsonl"))
+    assert main([stage, f"--config={config}", f"--workdir={tmp_path}/run"]) == 2
+    assert "is an encoder" in capsys.readouterr().err
+
+
+SOURCE = "RankingSource(name='x', path='{data}')"
+STAGE_CONFIGS = {
+    "sft": (
+        "from jaxlm.stages.config import *\nfrom jaxlm.data.config import *\n"
+        "def get_config(): return SFTConfig(model='{model}', sources=(ChatSource(name='x', path='{data}'),))\n"
+    ),
+    "reward": (
+        "from jaxlm.reward.config import *\n"
+        f"def get_config(): return RewardConfig(model='{{model}}', sources=({SOURCE},))\n"
+    ),
+    "preference": (
+        "from jaxlm.preference.config import *\nfrom jaxlm.reward.config import *\n"
+        f"def get_config(): return PreferenceConfig(model='{{model}}', sources=({SOURCE},), dpo=DPOConfig())\n"
+    ),
+    "rl": (
+        "from jaxlm.rl.config import *\nfrom jaxlm.data.config import *\nfrom jaxlm.feedback.config import *\n"
+        "def get_config(): return RLConfig(model='{model}', sources=(ChatSource(name='x', path='{data}'),), "
+        "grpo=GRPOConfig(), samples=2, verifiers=(VerifierConfig(kind='exact'),))\n"
+    ),
+    "evaluate": (
+        "from jaxlm.evaluate.config import *\n"
+        "def get_config(): return EvaluateConfig(model='{model}', texts=('{data}',))\n"
+    ),
+    "sample": (
+        "from jaxlm.sample.config import *\ndef get_config(): return SampleConfig(model='{model}', prompts=('a',))\n"
+    ),
+}
+
+
 def sentencepiece_tokenizer(algorithm):
     texts = [path.read_text() for path in sorted((TOOL.parent.parent / "jaxlm/base").glob("*.py"))]
     config = TokenizerConfig(documents="texts", vocab_size=600, algorithm=algorithm)
@@ -188,11 +359,11 @@ def numbers(config):
 BYTES = ByteTokenizer(("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"))
 
 
-def our_model(folder, config, facts=None, tokenizer=BYTES):
+def our_model(folder, config, facts=None, tokenizer=BYTES, chats=True):
     tokenizers.save(tokenizer, folder / "tokenizer")
     params = numbers(config)
     source = (Path(train.__file__).parent / "templates/chatml.jinja").read_text()
-    chat = ChatTemplate(source, tokenizer)
+    chat = ChatTemplate(source, tokenizer) if chats else None
     written = {"inputs": {}, "config": {}, "facts": {"row_length": 32} | (facts or {})}
     model_directory.write(folder / "model", params, config, folder / "tokenizer", chat_template=chat, **written)
     return folder
@@ -402,7 +573,25 @@ def test_export_goes_nowhere_where_something_else_is(tmp_path):
     assert not (tmp_path / "new/manifest.json").exists()
 
 
-OURS_LIVE = ("ours", "ours, sentencepiece", "ours, a reward model")
+OURS_LIVE = ("ours", "ours, sentencepiece", "ours, a reward model", "ours, an encoder")
+ENCODER = ModelConfig(
+    vocab_size=264,
+    layers=2,
+    width=18,
+    heads=6,
+    feed_forward=20,
+    causal=False,
+    norm="layer",
+    norm_place="sum",
+    biases=("qkv", "output", "mlp"),
+    gated_mlp=False,
+    activation="gelu_exact",
+    learned_positions=40,
+    token_types=2,
+    head="transform",
+    tied_embeddings=True,
+    compute="float32",
+).complete()
 ROWS = np.random.default_rng(0).integers(3, 64, (2, 24)).tolist()
 
 
@@ -412,11 +601,15 @@ def exported(folder, name):
     if name in ALL:
         # transformers 5 gives qwen2 models Qwen2's own way to cut text, whatever tokenizer they have.
         tokenizer = "byte-level" if name.startswith("qwen2") else TOKENIZERS[len(name) % 2]
+        tokenizer = "wordpiece" if name in ENCODERS else tokenizer
         made = imported(folder, copied(folder, name, tokenizer), compute="float32")
     else:
         config = dataclasses.replace(OURS, criteria=("overall",)) if "reward" in name else OURS
+        config = ENCODER if "encoder" in name else config
         tokenizer = sentencepiece_tokenizer("bpe")[0] if "sentencepiece" in name else BYTES
-        made = our_model(folder, dataclasses.replace(config, vocab_size=600), tokenizer=tokenizer)
+        tokenizer = ByteTokenizer(("<pad>", "<s>", "</s>", "[MASK]")) if "encoder" in name else tokenizer
+        config = dataclasses.replace(config, vocab_size=600)
+        made = our_model(folder, config, tokenizer=tokenizer, chats="encoder" not in name)
     export.main(ExportConfig(model=str(made), output=f"{folder}/output", without_verdict=True))
     return made
 
@@ -444,11 +637,19 @@ if PYTHON:
         lm = jaxlm.load(folder)
         assert said["loading"] == {}
         assert said["warnings"] == []
-        assert lm.sampler.encode("the cat sees a dog") == said["ids"]
+        last = [] if lm.config.causal else [lm.tokenizer.eos_id]
+        assert [*lm.sampler.encode("the cat sees a dog"), *last] == said["ids"]
         if lm.chat_template:
             assert lm.chat_template.render([{"role": "user", "content": "the cat sees a dog"}]) == said["chat"]
         if lm.config.criteria:
-            got = _last_scores(lm.definition, lm.params, *_padded(ROWS))[: len(ROWS)]
+            got = last_scores(lm.definition, lm.params, *padded(ROWS))[: len(ROWS)]
+        elif lm.config.head == "pooler":
+            rows = [x[: len(ROWS)] for x in padded(ROWS)]
+            hidden = apply(lm.definition, lm.params, lambda m: m(*map(jnp.asarray, rows))[0])
+            got = hidden[:, : len(ROWS[0])]
+        elif not lm.config.causal:
+            got = lm.logits(ROWS)
+            assert said["mask"] == "[MASK]"
         else:
             got = lm.logits(ROWS)
             ends = said["eos"] if isinstance(said["eos"], list) else [said["eos"]]

@@ -22,7 +22,9 @@ from jaxlm.model.weights import apply
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"))
-CAUSAL = [name for name in ALL if not name.startswith("reward")]
+ENCODERS = ["bert", "bert-untied"]
+LOGITS = [name for name in ALL if not name.startswith(("reward", "bare"))]
+CAUSAL = [name for name in LOGITS if name not in ENCODERS]
 REWARDS = [name for name in ALL if name.startswith("reward")]
 # Of logits with a standard deviation of .2 to 1.2, the largest difference seen is 1.6e-5 (Gemma 2), 2.6e-6 elsewhere
 # but for Gemma 3.
@@ -44,7 +46,7 @@ def padded_right(expected):
     return np.where(inside, ids, 5), inside, places
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", LOGITS)
 def test_logits_are_those_of_transformers(name):
     """Rows of two lengths, padded on the right and on the left."""
     _, config, definition, params, expected = read(name)
@@ -102,10 +104,43 @@ def test_rewards_are_those_of_transformers(name):
     np.testing.assert_allclose(got, expected["rewards"], atol=TOLERANCE, rtol=0)
 
 
+def test_a_bare_encoder_is_that_of_transformers():
+    """Hidden states, and BERT's pooler over them."""
+    _, config, definition, params, expected = read("bare-bert")
+    assert (config.head, config.causal, config.token_types) == ("pooler", False, 1)
+    run = lambda *x: apply(definition, params, lambda m: (hidden := m(*x)[0], m.pooled(hidden)))
+    hidden, pooled = jax.jit(run)(*padded_right(expected))
+    for row, length in enumerate(expected["lengths"]):
+        np.testing.assert_allclose(hidden[row, :length], expected["hidden"][row, :length], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(pooled, expected["pooled"], atol=TOLERANCE, rtol=0)
+
+
+def test_an_encoder_keeps_packed_documents_apart():
+    """Two texts in one row are as each alone: nobody sees the other, and each sees all of its own."""
+    _, _, definition, params, expected = read("bert")
+    first, second = (row[:length] for row, length in zip(expected["ids"], expected["lengths"], strict=True))
+    pad = np.zeros(5, np.int32)
+    ids = np.concatenate([second, first, pad])
+    segments = np.concatenate([np.full(len(second), 1), np.full(len(first), 2), pad]).astype(np.int32)
+    positions = np.concatenate([np.arange(len(second)), np.arange(len(first)), pad]).astype(np.int32)
+    rows = [x[None] for x in (ids, segments, positions)]
+    logits = jax.jit(lambda *x: apply(definition, params, lambda m: m.logits(m(*x)[0])))(*rows)[0]
+    np.testing.assert_allclose(logits[: len(second)], expected["right"][1, : len(second)], atol=TOLERANCE, rtol=0)
+    inside = logits[len(second) : len(second) + len(first)]
+    np.testing.assert_allclose(inside, expected["right"][0, : len(first)], atol=TOLERANCE, rtol=0)
+
+
+def test_an_encoder_has_no_cache():
+    _, config, definition, params, expected = read("bert")
+    cache = empty_cache(config, *expected["ids"].shape)
+    with pytest.raises(ValueError, match="an encoder has no cache"):
+        jax.jit(lambda *x: apply(definition, params, lambda m: m(*x, cache)))(*padded_right(expected))
+
+
 PARTS = (("attention", "query"),)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "pythia", "phi3", "qwen3-moe-dense"])
+@pytest.mark.parametrize("name", ["gemma3", "pythia", "phi3", "qwen3-moe-dense", "bert-untied"])
 def test_stacked_and_sharded_parameters_are_the_same(name):
     directory, _, definition, params, _ = read(name)
     scanned = directory.config
@@ -338,6 +373,20 @@ PUBLISHED = {
         ),
         20_914_757_184,
     ),
+    "BERT base, uncased": (
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 768, "num_attention_heads": 12}
+        | {"num_hidden_layers": 12, "intermediate_size": 3072, "vocab_size": 30522, "max_position_embeddings": 512}
+        | {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
+        | {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "pad_token_id": 0, "use_cache": True},
+        109_514_298,
+    ),
+    "BERT base, Chinese, bare": (
+        {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 768, "num_attention_heads": 12}
+        | {"num_hidden_layers": 12, "intermediate_size": 3072, "vocab_size": 21128, "max_position_embeddings": 512}
+        | {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "directionality": "bidi"}
+        | {"pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_type": "first_token_transform"},
+        102_267_648,
+    ),
     "GPT-2": (
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 1024, "n_embd": 768, "n_head": 12}
         | {"n_layer": 12, "n_positions": 1024, "vocab_size": 50257, "activation_function": "gelu_new"}
@@ -415,6 +464,14 @@ REFUSED = {
         "a scaling of sliding_attention",
     ),
     "scores scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is"),
+    "a decoder made of BERT": ("bert", {"is_decoder": True}, "is_decoder is True; only False"),
+    "BERT's relative positions": ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' is understood"),
+    "BERT's other heads": (
+        "bert",
+        {"architectures": ["BertForSequenceClassification"]},
+        "BertForSequenceClassification is not understood; BertForMaskedLM and BertModel are",
+    ),
+    "no token types": ("bert", {"type_vocab_size": 0}, "type_vocab_size is 0; 1 or more"),
     "two answers a question": ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     "an odd share": ("phi3-partial", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "rope_size: got 1"),
 }

@@ -16,7 +16,8 @@ from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import UserError
 from jaxlm.base.sharding import make_mesh
 from jaxlm.hub.find import find_model
-from jaxlm.hub.language_model import LanguageModel, _last_scores, load, scoring_windows
+from jaxlm.hub.forward import last_scores
+from jaxlm.hub.language_model import LanguageModel, load, scoring_windows
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import apply, initialize
@@ -227,7 +228,7 @@ def test_rewards_know_nothing_of_company_and_padding(rm):
         places = np.arange(length, dtype=np.int32)[None]
         ids = np.full((1, length), fill, np.int32)
         ids[0, : len(row)] = row
-        return np.asarray(_last_scores(rm.definition, rm.params, ids, (places < len(row)).astype(np.int32), places))
+        return np.asarray(last_scores(rm.definition, rm.params, ids, (places < len(row)).astype(np.int32), places))
 
     assert len(ids_of(CONVERSATIONS[1])) < 64
     np.testing.assert_array_equal(padded(64, 0), padded(64, 99))

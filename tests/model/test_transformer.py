@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.base.config import MeshConfig
+from jaxlm.base.errors import ConfigError
+from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout
-from jaxlm.model.attention import Place, plain_attention, visible
+from jaxlm.model.attention import Place, plain_attention, splash_attention, visible
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import apply, define_model, flops_per_token
 from jaxlm.model.weights import initialize
@@ -30,6 +33,20 @@ VARIANTS = {
         learned_positions=16,
         activation="gelu_exact",
     ),
+    "BERT's parts": dataclasses.replace(
+        BASE,
+        causal=False,
+        norm="layer",
+        norm_place="sum",
+        biases=("qkv", "output", "mlp"),
+        gated_mlp=False,
+        learned_positions=16,
+        token_types=2,
+        activation="gelu_exact",
+        head="transform",
+        tied_embeddings=True,
+    ),
+    "an encoder with RoPE": dataclasses.replace(BASE, causal=False, norm_place="sum"),
     "Gemma's, OLMo's and SmolLM's parts": dataclasses.replace(
         BASE,
         norm_place="both",
@@ -86,7 +103,9 @@ def test_the_future_and_padding_do_not_matter(config):
     params = initialize(define_model(config), 1)
     ids = tokens(0, 1, 9)
     changed = ids.at[0, 6:].set((ids[0, 6:] + 1) % 50)
-    np.testing.assert_array_equal(forward(config, params, ids)[:, :6], forward(config, params, changed)[:, :6])
+    before, after = forward(config, params, ids)[0, :6], forward(config, params, changed)[0, :6]
+    assert bool(jnp.array_equal(before, after)) == config.causal  # an encoder's every token sees all of its text
+    assert config.causal or bool(jnp.all(jnp.any(before != after, axis=-1)))
     segments = jnp.array([[1] * 6 + [0] * 3], jnp.int32)
     a, b = forward(config, params, ids, segments), forward(config, params, changed, segments)
     np.testing.assert_array_equal(a[:, :6], b[:, :6])
@@ -126,12 +145,47 @@ def test_gradients_in_bfloat16_follow_those_in_float32(variant, scanned):
 
 
 def test_who_sees_whom():
-    def picture(window):
+    def picture(window, causal=True):
         place = Place(*(jnp.array([x], jnp.int32) for x in ([1, 1, 1, 2, 2, 0], [0, 1, 2, 0, 1, 0]) * 2))
-        return ["".join("01"[int(seen)] for seen in row) for row in visible(place, window)[0]]
+        return ["".join("01"[int(seen)] for seen in row) for row in visible(place, window, causal)[0]]
 
     assert picture(0) == ["100000", "110000", "111000", "000100", "000110", "000000"]
     assert picture(2) == ["100000", "110000", "011000", "000100", "000110", "000000"]
+    assert picture(0, causal=False) == ["111000", "111000", "111000", "000110", "000110", "000000"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_tpus_kernel_sees_the_same(causal, monkeypatch):
+    """Interpreted on the CPU: two documents and padding, with and without the future."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    interpreted = functools.partial(kernel.make_splash_mqa_single_device, interpret=True)
+    monkeypatch.setattr(kernel, "make_splash_mqa_single_device", interpreted)
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(1, 128, n, 8)).astype(np.float32)) for n in (4, 2, 2))
+    segments = jnp.asarray(np.repeat([1, 2, 0], [50, 70, 8])[None].astype(np.int32))
+    positions = jnp.asarray(np.concatenate([np.arange(50), np.arange(70), np.zeros(8)])[None].astype(np.int32))
+    mask = visible(Place(segments, positions, segments, positions), 0, causal)
+    plain = plain_attention(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, 0.0)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        splash = jax.jit(lambda *x: splash_attention(*x, 0, 0.0, causal=causal))(q, k, v, segments)
+    np.testing.assert_allclose(splash[:, :120], plain[:, :120], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"causal": False, "pattern": ("local",), "window": 4}, "pattern: local layers look back only"),
+        ({"causal": False, "criteria": ("overall",)}, "causal: is off, but criteria are read at a text's last token"),
+        ({"head": "pooler", "criteria": ("overall",)}, "head: is pooler, but criteria take its place"),
+        ({"norm_place": "sum", "parallel_mlp": True}, "parallel_mlp: adds both at once"),
+        ({"head_size": 5}, "head_size: got 5; RoPE turns pairs"),
+        ({"activation": "clamped", "head": "transform"}, "activation: clamped is of gated MLPs only"),
+    ],
+)
+def test_what_an_encoder_cannot_be_is_refused(fields, problem):
+    with pytest.raises(ConfigError, match=problem):
+        dataclasses.replace(BASE, **fields)
 
 
 def test_attention_by_hand():
@@ -195,5 +249,7 @@ def test_flops_of_a_model_counted_by_hand():
     weights = 5 * (attention + 3 * 32 * 48) + 32 * 50
     seen = (16 + 1) / 2
     assert flops_per_token(config, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * seen * 5)
+    both_ways = dataclasses.replace(config, causal=False)
+    assert flops_per_token(both_ways, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * 16 * 5)
     local = dataclasses.replace(config, pattern=("local",), window=4)
     assert flops_per_token(local, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * 5 * (1 + 2 + 3 + 4 * 13) / 16)
