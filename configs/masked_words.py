@@ -1,13 +1,14 @@
-"""A small BERT on your own text file: missing words, then vectors of sentences and a Hugging Face directory.
+"""A small encoder on your own text file: missing words (arXiv:1810.04805), and vectors of sentences.
 
-    python -m jaxlm run --config=configs/masked_words.py --workdir=runs/bert \\
+    python -m jaxlm run --config=configs/masked_words.py --workdir=runs/encoder \\
         --config.stages.prepare.sources.mine.path=book.txt
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores. Time and result: Moby Dick (1.2 MB) took 6 and a half minutes on two busy ones; held out, 4.15
+nats a missing word, 27 % of them right (after the first 250 steps, which learn how often each word is: 5.93 and 14 %).
+For BERT's own shape, which can be exported, see docs/recipes.md.
 """
 
 from jaxlm.data.config import MixtureSource, PackConfig
-from jaxlm.hub.config import ExportConfig
 from jaxlm.model.config import ModelConfig
 from jaxlm.objectives.config import MaskedWordsConfig, ObjectiveConfig
 from jaxlm.stages.config import PretrainConfig, RunConfig
@@ -26,33 +27,13 @@ def get_config() -> RunConfig:
             PackConfig(documents="@prepare", tokenizer="@tokenizer", row_length=128),
             PretrainConfig(
                 data=(MixtureSource(path="@pack"),),
-                # BERT's shape (arXiv:1810.04805): only what it fixes can be exported as one.
-                model=ModelConfig(
-                    layers=3,
-                    width=192,
-                    heads=3,
-                    feed_forward=768,
-                    causal=False,
-                    norm="layer",
-                    norm_place="sum",
-                    norm_epsilon=1e-12,
-                    biases=("qkv", "output", "mlp"),
-                    gated_mlp=False,
-                    activation="gelu_exact",
-                    learned_positions=128,
-                    token_types=2,
-                    head="transform",
-                    tied_embeddings=True,
-                    scan_layers=False,
-                ),
+                model=ModelConfig(layers=3, width=192, heads=3, causal=False, scan_layers=False),
                 objective=ObjectiveConfig(masked_words=MaskedWordsConfig()),
                 batch_rows=16,
                 steps=1500,
-                optimizer=OptimizerConfig(kind="adamw", weight_decay=0.01),
+                optimizer=OptimizerConfig(kind="adamw"),
                 schedule=ScheduleConfig(kind="linear", peak=2e-3, warmup_steps=100, final_share=0.0),
                 loop=LoopConfig(evaluate_every_steps=250),
             ),
-            # The gate asks what a model says; an encoder says nothing, and goes without.
-            ExportConfig(model="@pretrain", without_verdict=True),
         )
     )
