@@ -56,9 +56,10 @@ def both(kind: Kind, source: type = ChatSource) -> tuple:
 
 
 def pretraining() -> tuple:
+    docs: dict = dict(format="python", path="jaxlm.demo.documentation:documents")
     sources = (
-        SourceConfig(name="documentation", format="installed_docs", modules=tuple(TRAIN)),
-        SourceConfig(name="held-out modules", format="installed_docs", modules=tuple(HELDOUT), split="heldout"),
+        SourceConfig(name="documentation", modules=tuple(TRAIN), **docs),
+        SourceConfig(name="held-out modules", modules=tuple(HELDOUT), split="heldout", **docs),
     )
     return (
         PrepareConfig(sources=sources),

@@ -57,7 +57,7 @@ class ChatSource(SourceConfig):
     def __post_init__(self):
         super().__post_init__()
         check(
-            self.format not in ("text", "markdown", "installed_docs"),
+            self.format not in ("text", "markdown"),
             "format",
             f"got {self.format!r}; chats are objects: jsonl, parquet, array_record, tfds or python is needed",
         )

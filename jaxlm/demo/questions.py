@@ -30,7 +30,7 @@ from collections.abc import Collection, Container, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jaxlm.base.errors import UserError
-from jaxlm.text import installed
+from jaxlm.demo import documentation
 from jaxlm.text.config import Split
 
 # Eighths of the functions. Of the demo's 3,700 466 are held out: a share is known to ±2.3 % (1 σ).
@@ -106,7 +106,7 @@ def functions(modules: Collection[str], field: str = "modules") -> list[Function
 def _functions(modules: tuple[str, ...], field: str) -> tuple[Function, ...]:
     found = {}
     for module in modules:
-        for name, value in installed.public(whole_module(module, field)):
+        for name, value in documentation.public(whole_module(module, field)):
             found[f"{module}.{name}"] = (module, name, value)
     firsts = {id(value): name for name, (_, _, value) in sorted(found.items(), reverse=True)}
     return tuple(f for name in sorted(firsts.values()) if (f := _function(*found[name])))
@@ -115,7 +115,7 @@ def _functions(modules: tuple[str, ...], field: str) -> tuple[Function, ...]:
 def whole_module(name: str, field: str) -> types.ModuleType:
     """The module with what it only makes when asked for (concurrent.futures.ThreadPoolExecutor): otherwise it would
     depend on what the process did before, what it offers."""
-    module = installed.import_module(name, field)
+    module = documentation.import_module(name, field)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for each in vars(module).get("__all__") or ():
@@ -125,7 +125,7 @@ def whole_module(name: str, field: str) -> types.ModuleType:
 
 
 def _function(module: str, name: str, value: object) -> Function | None:
-    summary = _summary(_prose(installed.docstring(value), name))
+    summary = _summary(_prose(documentation.docstring(value), name))
     return Function(f"{module}.{name}", module, name, *_signature(value), summary) if summary else None
 
 
@@ -213,7 +213,7 @@ def chats(modules: Collection[str], split: Split, field: str = "modules") -> Ite
     which answers are wanted is what rankings and verifiers tell. Held out, all answers are as they should be.
     """
     own, loaded = _split(modules, split, "chats", field), [whole_module(name, field) for name in {*modules}]
-    objects = Counter(name for module in loaded for name, _ in installed.public(module))
+    objects = Counter(name for module in loaded for name, _ in documentation.public(module))
     for place, function in enumerate(own):
         dice = _dice("chats", function.name)
         hasty = split == "train" and dice.random() < HASTY

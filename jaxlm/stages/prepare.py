@@ -37,7 +37,7 @@ OUTPUTS = ("manifest.json", "report.json", "rejects.jsonl.gz", "train/part-*.jso
 def validate(config: PrepareConfig, device_count: int) -> None:
     """Raises UserError for a source that is not there."""
     for source in config.sources:
-        if source.format not in ("installed_docs", "tfds"):
+        if source.format not in ("python", "tfds"):
             files.expand(source.path, f"sources.{source.name}.path")
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from jaxlm.base.config import StageConfig, check
 from jaxlm.base.errors import ConfigError
 
-Format = Literal["auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "installed_docs", "python"]
+Format = Literal["auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "python"]
 Split = Literal["train", "heldout"]
 
 
@@ -21,8 +21,8 @@ class SourceConfig:
     own function, package.module:function."""
     format: Format = "auto"
     """auto goes by each file's ending: .jsonl[.gz|.zst] .txt .md .parquet .array_record (of JSON objects).
-    installed_docs is the documentation of `modules`. python calls function(modules, split), which yields objects, the
-    same ones each time."""
+    python calls function(modules, split), which yields objects, the same ones each time; of documents {"text"}, and
+    "source" and "where" if it likes."""
     split: Split = "train"
     """heldout is kept out of training: train documents that overlap with it are dropped."""
     heldout_share: float = 0.0
@@ -35,7 +35,7 @@ class SourceConfig:
     language: str = ""
     """Of its documents, such as en: evaluate shows figures by language."""
     modules: tuple[str, ...] = ()
-    """installed_docs and python only: the modules whose documentation is read, such as json and numpy.linalg."""
+    """python only: what the function is given, names of modules such as json and numpy.linalg."""
     tfds_split: str = "train"
     """tfds only: the dataset's own split, slices allowed, such as train[:10%]."""
     tfds_folder: str = ""
@@ -46,17 +46,12 @@ class SourceConfig:
         check(0 <= self.heldout_share < 1, "heldout_share", f"got {self.heldout_share}; from 0 to below 1 is needed")
         check(not self.heldout_share or self.split == "train", "heldout_share", "the source is held out as a whole")
         check(self.part_characters >= 0, "part_characters", f"got {self.part_characters}; 0 (off) or more is needed")
-        if self.format == "installed_docs":
-            check(bool(self.modules), "modules", f"is empty; {self.format} needs at least one module")
-            check(not self.path, "path", f"got {self.path!r}; {self.format} reads modules, not a path")
-            return
         check(bool(self.path), "path", f"is empty; the format {self.format} needs a path")
         if self.format == "python":
             module, _, function = self.path.partition(":")
             check(bool(module and function), "path", f"got {self.path!r}; package.module:function is needed")
         else:
-            formats = "the formats installed_docs and python"
-            check(not self.modules, "modules", f"are read by {formats} only, not by {self.format}")
+            check(not self.modules, "modules", f"are read by the format python only, not by {self.format}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,10 +79,6 @@ class PrepareConfig(StageConfig):
 
     def __post_init__(self):
         check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
-        for source in self.sources:
-            if source.format == "python":
-                problem = f"{source.name!r} has the format python, objects without a text"
-                raise ConfigError("sources", f"{problem}; documents are needed")
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:

@@ -17,7 +17,7 @@ from jaxlm.text.config import Split
 class Document(NamedTuple):
     text: str
     source: str
-    """The source's name; for installed documentation the module's."""
+    """The source's name, or what a function of the format python says."""
     id: str
     """SOURCE:NUMBER, the number being the record's place among all that was read of the source."""
 

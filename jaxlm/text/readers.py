@@ -37,7 +37,7 @@ ENDINGS = {
 
 class Record(NamedTuple):
     where: str
-    """file:line, file:row, module:object, dataset:number or format:number"""
+    """file:line, file:row, dataset:number, function:number, or what the function says"""
     outcome: str | Reason
     raw: str
     """What a bad record says, with bytes that are no UTF-8 written as \\xNN; empty for a good one."""
@@ -46,11 +46,11 @@ class Record(NamedTuple):
 
 def read(source: SourceConfig, max_bytes: int) -> Iterator[Record]:
     """All records of a source, in an order that does not change. `max_bytes` bounds what is read into memory."""
-    if source.format == "installed_docs":
-        for module, where, text in installed.documents(source.modules, f"sources.{source.name}.modules"):
-            yield Record(where, text, "", module)
-    elif source.format == "python":
-        raise UserError(f"sources.{source.name}.format: python gives objects, not texts; give a file of texts")
+    if source.format == "python":
+        for where, value, raw in _made(source):
+            named = value if isinstance(value, dict) else {}
+            outcome, shown = _with_raw(text_of(value, source.text_field), raw or str(value))
+            yield Record(str(named.get("where", where)), outcome, shown, str(named.get("source", source.name)))
     elif source.format == "tfds":
         yield from (Record(where, outcome, raw, source.name) for where, outcome, raw in _tfds(source))
     else:
@@ -75,8 +75,6 @@ class ObjectRecord(NamedTuple):
 
 def read_objects(source: SourceConfig, max_bytes: int) -> Iterator[ObjectRecord]:
     """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet, TFDS or a function."""
-    if source.format == "installed_docs":
-        raise UserError(f"sources.{source.name}.format: installed_docs gives texts, not objects")
     if source.format == "python":
         yield from _made(source)
         return
@@ -132,8 +130,8 @@ def _function(source: SourceConfig) -> Callable[[Sequence[str], str], Iterable[d
 
 def inputs(source: SourceConfig) -> dict[str, str]:
     """What the source consists of → a hash or version of each."""
-    if source.format in ("installed_docs", "python"):
-        own = {source.path: files.sha256(inspect.getfile(_function(source)))} if source.format == "python" else {}
+    if source.format == "python":
+        own = {source.path: files.sha256(inspect.getfile(_function(source)))}
         return own | {f"installed:{module}": installed.version(module) for module in source.modules}
     if source.format == "tfds":
         return {f"tfds:{source.path}": f"{_tfds_builder(source).info.full_name} {source.tfds_split}"}

@@ -18,6 +18,7 @@ from jaxlm.feedback import rankings as feedback
 from jaxlm.feedback import verifiers
 from jaxlm.feedback.records import RankingRecord, pairs_of
 from jaxlm.text import readers
+from jaxlm.text.clean import Reason
 from jaxlm.text.config import PrepareConfig, SourceConfig
 
 SMALL = (
@@ -340,12 +341,11 @@ def test_sources_of_objects(kind):
         list(readers.read_objects(dataclasses.replace(source, modules=("no_such_module",)), 2**20))
 
 
-def test_a_function_is_a_source_of_objects_only():
+def test_a_function_that_gives_no_texts_is_no_source_of_documents():
     source = SourceConfig(name="mine", format="python", path="jaxlm.demo.questions:chats", modules=SMALL)
-    with pytest.raises(UserError, match=r"sources\.mine\.format: python gives objects, not texts"):
-        next(readers.read(source, max_bytes=2**20))
-    with pytest.raises(ConfigError, match="sources: 'mine' has the format python, objects without a text"):
-        PrepareConfig(sources=(source,))
+    record = next(readers.read(source, max_bytes=2**20))
+    assert (record.outcome, record.where) == (Reason("no_text_field", bad=True), "jaxlm.demo.questions:chats:1")
+    assert "messages" in record.raw
     assert ChatSource(name="mine", format="python", path=source.path, modules=SMALL).split == "train"
     with pytest.raises(ConfigError, match="path: is empty; the format python"):
         SourceConfig(name="mine", format="python")
@@ -364,12 +364,12 @@ def test_rankings_load_as_a_source():
     assert not tally.dropped
 
 
-def test_documentation_is_no_source_of_objects():
-    source = SourceConfig(name="mine", format="installed_docs", modules=SMALL)
-    with pytest.raises(UserError, match=r"sources\.mine\.format: installed_docs gives texts, not objects"):
-        next(readers.read_objects(source, max_bytes=2**20))
-    with pytest.raises(ConfigError, match="format: got 'installed_docs'; chats are objects"):
-        ChatSource(name="mine", format="installed_docs", modules=SMALL)
+def test_documentation_is_read_with_the_names_of_its_modules():
+    source = SourceConfig(name="mine", format="python", path="jaxlm.demo.documentation:documents", modules=SMALL)
+    found = list(readers.read(source, max_bytes=2**20))
+    assert {record.source for record in found} == {*SMALL}
+    assert all(isinstance(record.outcome, str) and not record.raw for record in found)
+    assert any(record.where.startswith(f"{SMALL[0]}:") for record in found)
 
 
 REAL = "`textwrap.dedent`: Remove any common leading whitespace from every line in `text`."

@@ -167,7 +167,7 @@ def test_inputs_name_every_file_with_its_hash(tmp_path):
     assert list(before) == [f"{tmp_path}/a.txt"]
     (tmp_path / "a.txt").write_text("b")
     assert inputs(source) != before
-    docs = SourceConfig(name="docs", format="installed_docs", modules=("json", "numpy.linalg"))
+    docs = SourceConfig(name="docs", format="python", path="json:loads", modules=("json", "numpy.linalg"))
     assert inputs(docs)["installed:json"].startswith("python 3.")
     assert inputs(docs)["installed:numpy.linalg"] == f"numpy {np.__version__}"
 
@@ -175,7 +175,7 @@ def test_inputs_name_every_file_with_its_hash(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": "installed_docs"}, "modules: is empty"),
+        ({"format": "python", "path": "module"}, "path: got 'module'"),
         ({"format": "jsonl"}, "path: is empty"),
         ({"path": "a", "modules": ("json",)}, "modules: are read by"),
         ({"name": "a/b", "path": "x"}, "name: got 'a/b'"),

@@ -4,14 +4,15 @@ import sys
 import pytest
 
 from jaxlm.base.errors import UserError
-from jaxlm.text.installed import documents
+from jaxlm.demo.documentation import documents
 
 MODULES = ("pydoc_data.topics", "json", "numpy.linalg", "textwrap", "jax.nn")
 
 
 def test_one_document_a_topic_function_or_class():
-    found = list(documents(MODULES, "modules"))
-    where = {w: text for _, w, text in found}
+    found = list(documents(MODULES, "train"))
+    where = {document["where"]: document["text"] for document in found}
+    assert {document["source"] for document in found} == {*MODULES}
     assert len(where) == len(found)
     assert "lambda" in where["pydoc_data.topics:lambda"]
     assert where["numpy.linalg:norm"].startswith("numpy.linalg.norm\n\nMatrix or vector norm.")
@@ -26,8 +27,8 @@ def test_one_document_a_topic_function_or_class():
 def test_same_in_every_process_without_output_or_devices():
     program = f"""
 import hashlib
-from jaxlm.text.installed import documents
-found = repr(list(documents({MODULES!r}, "modules")))
+from jaxlm.demo.documentation import documents
+found = repr(list(documents({MODULES!r}, "train")))
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "a device was started"
 print(hashlib.sha256(found.encode()).hexdigest())
@@ -43,4 +44,4 @@ print(hashlib.sha256(found.encode()).hexdigest())
 
 def test_a_module_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"sources\.docs\.modules: no_such_module cannot be imported"):
-        list(documents(["json", "no_such_module"], "sources.docs.modules"))
+        list(documents(["json", "no_such_module"], "train", "sources.docs.modules"))
