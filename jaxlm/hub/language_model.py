@@ -26,7 +26,7 @@ from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
 from jaxlm.base.sharding import constrain
-from jaxlm.hub import hugging_face, peft
+from jaxlm.hub import gguf, hugging_face, peft
 from jaxlm.hub.find import find_model, is_hugging_face
 from jaxlm.hub.generation import Generation
 from jaxlm.model.config import ModelConfig, adapted
@@ -69,7 +69,7 @@ def load(
     compute: Compute | None = None,
     adapter: epath.PathLike | None = None,
 ) -> "LanguageModel":
-    """The model in a model directory, in a Hugging Face directory, or the newest one in a run's folder.
+    """The model in a model directory, in a Hugging Face directory or a GGUF file, or the newest one in a run's folder.
 
     `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
     `verify=False` skips the sha256 of its files. `compute` is the type of matrix products, in place of the model's own
@@ -77,8 +77,12 @@ def load(
     LoRA or DoRA, which stays beside the model's matrices. Raises UserError for folders
     without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
     """
-    foreign = is_hugging_face(epath.Path(path))
-    directory = hugging_face.read(path) if foreign else model_directory.read(find_model(path), verify=verify)
+    if gguf.is_gguf(path):
+        directory = gguf.read(path)
+    elif is_hugging_face(epath.Path(path)):
+        directory = hugging_face.read(path)
+    else:
+        directory = model_directory.read(find_model(path), verify=verify)
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
