@@ -315,7 +315,7 @@ def test_our_own_tokenizers_go_out(tmp_path, kind):
         tokenizer = SentencePieceTokenizer(train.train(texts, config))
     template = chat.load("chatml", tokenizer)
     if kind == "unigram":
-        with pytest.raises(UserError, match="is a Unigram model"):
+        with pytest.raises(UserError, match="is a Unigram model|cannot be written as tokenizer.json"):
             gguf_tokenizers.written(tokenizer, template, tokenizer.vocab_size)
         return
     said = gguf_tokenizers.written(tokenizer, template, tokenizer.vocab_size + 7)
