@@ -15,6 +15,7 @@ from jaxlm.base.logging import logger
 from jaxlm.hub import generation, gguf, hugging_face, peft
 from jaxlm.hub.config import ImportConfig
 from jaxlm.hub.find import is_hugging_face
+from jaxlm.hub.opened import hash_of
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import chat
@@ -27,15 +28,17 @@ def inputs(config: ImportConfig) -> dict[str, str]:
     """What the stage reads → a hash of each: here of all files at the top of the directory."""
     folder = epath.Path(config.source)
     if gguf.is_gguf(folder) and folder.is_file() and not config.adapter:
-        return {config.source: files.sha256(folder)}
+        return {config.source: hash_of(folder)}
     if not folder.is_dir() or not is_hugging_face(folder):
         raise UserError(
             f"source: {folder} is no Hugging Face directory: a folder with a model's config.json, or a "
             "file NAME.gguf (without an adapter), is needed"
         )
-    read = [config.source] + [config.adapter] * bool(config.adapter)
-    held = lambda folder: {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    return {name: files.hash_json(held(epath.Path(name))) for name in read}
+    read = {config.source: hash_of(config.source)}
+    if config.adapter:
+        held = [path for path in sorted(epath.Path(config.adapter).iterdir()) if path.is_file()]
+        read[config.adapter] = files.hash_json({path.name: files.sha256(path) for path in held})
+    return read
 
 
 def import_model(config: ImportConfig) -> dict[str, Any]:

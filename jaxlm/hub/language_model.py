@@ -26,9 +26,9 @@ from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
 from jaxlm.base.sharding import constrain
-from jaxlm.hub import gguf, hugging_face, peft
-from jaxlm.hub.find import find_model, is_hugging_face
+from jaxlm.hub import hugging_face, peft
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.opened import open_model
 from jaxlm.model.config import ModelConfig, adapted
 from jaxlm.model.lora import joined
 from jaxlm.model.transformer import for_inference
@@ -38,7 +38,6 @@ from jaxlm.sample.sampler import Completion, Sampler, bucket
 from jaxlm.sample.scoring import TokenScores, token_scores
 from jaxlm.tokenizer.chat import ASSISTANT, ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
-from jaxlm.train import model_directory
 
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Conversation | Sequence[int]
@@ -77,12 +76,7 @@ def load(
     LoRA or DoRA, which stays beside the model's matrices. Raises UserError for folders
     without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
     """
-    if gguf.is_gguf(path):
-        directory = gguf.read(path)
-    elif is_hugging_face(epath.Path(path)):
-        directory = hugging_face.read(path)
-    else:
-        directory = model_directory.read(find_model(path), verify=verify)
+    directory = open_model(path, verify=verify)
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)

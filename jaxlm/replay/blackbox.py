@@ -77,8 +77,8 @@ class BlackBox:
 
 
 def without_base(batch: Any) -> Any:
-    """A batch as it is kept: the frozen weights under adapters are those of the config's model, by its hash."""
-    return {name: x for name, x in batch.items() if name != "base"}
+    """A batch as it is kept: frozen weights are those of the config's model and teacher, by their hashes."""
+    return {name: x for name, x in batch.items() if name not in ("base", "teacher")}
 
 
 def _told(name: str) -> bool:
