@@ -1,10 +1,11 @@
 """A small model that learns from a larger one: the demo's pretrained model is the teacher, on the demo's rows.
 
-    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo --config.only=prepare,tokenizer,pack,pretrain
+    python -m jaxlm run --config=configs/demo.py --workdir=runs/demo                 # its first four stages suffice
     python -m jaxlm pretrain --config=configs/distill.py --workdir=runs/student
     python -m jaxlm pretrain --config=configs/distill.py --workdir=runs/alone --config.distill=none     # to compare
 
-Hardware: 2 CPU cores, 6 GiB. Time and result: MEASURED
+Hardware: 2 CPU cores, 6 GiB. Time: 3.5 minutes, and 2.3 without a teacher (both at once, with other work beside them).
+Result: 2.122 bits a byte held out, and 2.165 without a teacher, at the same 440 steps (teacher: 1.963).
 """
 
 from jaxlm.data.config import MixtureSource

@@ -33,7 +33,7 @@ class DistillConfig:
     """Compares the teacher's likeliest k tokens and, as one, all others; 0: every token by itself."""
 
     def __post_init__(self):
-        check(bool(self.teacher) != bool(self.stored), "distill", "give a teacher or stored, and not both")
+        check(not (self.teacher and self.stored), "stored", "stands in place of a teacher; leave one of them out")
         check(0 < self.beta < 1, "beta", f"got {self.beta}; a share between 0 and 1 is needed")
         check(self.temperature > 0, "temperature", f"got {self.temperature}; more than 0 is needed")
         check(0 < self.weight <= 1, "weight", f"got {self.weight}; more than 0, at most 1, is needed")

@@ -162,6 +162,7 @@ def objective_of(
     """The objective of a stage whose model has this vocabulary; a teacher of another tokenizer is refused."""
     if config is None:
         return CrossEntropy()
+    _require_given(config)
     if config.stored:
         stored = StoredTeacher(config)
         _require_same(config.stored, stored.tokenizer_hash, stored.vocab_size, tokenizer_hash(), vocab_size)
@@ -172,6 +173,11 @@ def objective_of(
     if config.top_k >= vocab_size:
         raise ConfigError("distill.top_k", f"{config.top_k} is all of the {vocab_size} tokens; 0 takes each by itself")
     return LiveTeacher(config, directory, mesh, row_length)
+
+
+def _require_given(config: DistillConfig) -> None:
+    if not config.teacher and not config.stored:
+        raise ConfigError("distill.teacher", "is empty; give a model, or in distill.stored what was stored of one")
 
 
 def _require_same(teacher: str, theirs: str, size: int, ours: str, vocab_size: int) -> None:
@@ -190,6 +196,7 @@ def inputs(config: DistillConfig | None, hash_of: Callable[[str, str], str]) -> 
     """What the teacher, or what was stored of it, is among the inputs of a run: path → hash."""
     if config is None:
         return {}
+    _require_given(config)
     if config.stored:
         return {config.stored: StoredTeacher(config).hash}
     return {config.teacher: hash_of(config.teacher, "distill.teacher")}

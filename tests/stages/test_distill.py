@@ -1,6 +1,7 @@
 """Learning from a teacher in whole stages: devices, pieces, what is stored, resuming, what is refused."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh, own_rows
 from jaxlm.data.config import ChatSource, MixtureSource
-from jaxlm.data.loader import Loader
+from jaxlm.data.loader import Loader, RowSource
 from jaxlm.distill import objectives
 from jaxlm.distill.config import DistillConfig
 from jaxlm.distill.stored import NAME, Asked, StoredTeacher, store
@@ -112,11 +113,25 @@ def stored(config: PretrainConfig, folder: Path, k: int) -> PretrainConfig:
     return dataclasses.replace(config, distill=dataclasses.replace(distill, teacher="", stored=str(folder)))
 
 
-def test_stored_is_as_live(config, tmp_path):
+def test_stored_is_as_live(config, tmp_path, monkeypatch):
     live = dataclasses.replace(config, distill=dataclasses.replace(config.distill, top_k=6))
     kept = stored(config, tmp_path / "kept", 6)
     close(steps(live, MeshConfig()), steps(kept, MeshConfig()))
     close(steps(live, MeshConfig()), steps(kept, MeshConfig(data=4, fsdp=2)))
+    # The tool stores the same.
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent.parent / "tools"))
+    given = {"teacher": live.distill.teacher, "rows": config.data[0].path, "output": tmp_path / "tool"}
+    given |= {"top_k": 6, "temperature": 1.5, "chunk_tokens": 256}
+    tool = importlib.import_module("store_teacher")
+    assert tool.main([f"--{name}={value}" for name, value in given.items()]) == 0
+    source = RowSource(config.data[0].path, "train")
+    both = [
+        StoredTeacher(DistillConfig(stored=str(tmp_path / n), temperature=1.5)).of(source) for n in ("kept", "tool")
+    ]
+    for row in (0, len(source) - 1):
+        np.testing.assert_array_equal(both[0][row][0], both[1][row][0])
+        np.testing.assert_allclose(both[0][row][1], both[1][row][1], atol=1e-5)
+    assert tool.main(["--teacher=/nowhere", f"--rows={config.data[0].path}", f"--output={tmp_path}/tool"]) == 2
     pretrain.main(kept)
     assert [line["step"] for line in lines_of(kept.workdir) if "train/divergence" in line] == [1, 2, 3, 4]
 
@@ -167,16 +182,16 @@ def test_instruction_tuning_with_adapters(teacher, packed_rows, tmp_path):
         row_length=64,
         batch_rows=16,
         accumulate=2,
-        steps=3,
+        steps=24,
         lora=LoRAConfig(rank=2),
         schedule=ScheduleConfig(peak=1e-2, warmup_steps=1),
-        distill=DistillConfig(teacher=teacher, divergence="jensen_shannon"),
+        distill=DistillConfig(teacher=teacher, divergence="jensen_shannon", weight=1.0),
         loop=LoopConfig(log_every_steps=1),
     )
     sft.main(config)
     figures = [line["train/divergence"] for line in lines_of(config.workdir) if "train/divergence" in line]
-    assert len(figures) == 3
-    assert figures[-1] < figures[0]
+    assert len(figures) == 24
+    assert sum(figures[-6:]) < sum(figures[:6])
 
 
 def test_teachers_of_other_formats_and_other_tokens():
@@ -193,5 +208,7 @@ def test_teachers_of_other_formats_and_other_tokens():
         make(vocab_size=7)
     with pytest.raises(ConfigError, match="distill.top_k: 1000 is all of"):
         make(config=dataclasses.replace(config, top_k=1000), vocab_size=size)
+    with pytest.raises(ConfigError, match="distill.teacher: is empty; give a model"):
+        objectives.inputs(DistillConfig(), hash_of)
     assert objectives.inputs(config, hash_of) == {str(GGUF): files.sha256(GGUF)}
     assert json.dumps(objectives.inputs(None, hash_of)) == "{}"
