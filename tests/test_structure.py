@@ -13,7 +13,7 @@ LEVELS = [
     ["text", "tokenizer", "model"],
     ["data", "train"],
     ["sample", "feedback", "reward"],
-    "preference rl evaluate hub serve plan report replay demo adapters routing objectives".split(),
+    "preference rl evaluate hub serve plan report replay demo adapters routing objectives distill".split(),
     ["stages"],
 ]
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}

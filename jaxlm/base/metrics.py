@@ -13,6 +13,7 @@ import jax.numpy as jnp
 # The one table of metric names; the writer refuses others, so that plots and reports know what they read.
 NAMES = {
     "train/loss": "cross-entropy over the global batch, nats per counted token",
+    "train/divergence": "from the teacher's next tokens, nats per counted token, before its weight and temperature²",
     "train/z_loss": "squared log-normaliser, per counted token, before its coefficient",
     "train/balance_loss": "load-balancing loss of the experts, mean over layers; 1: all are chosen alike",
     "train/router_z_loss": "squared log-normaliser of routers' logits, a real token and layer, before its coefficient",

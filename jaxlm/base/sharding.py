@@ -141,16 +141,16 @@ def own_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 
 
 def global_batch(mesh: Mesh, arrays: Mapping[str, np.ndarray], global_rows: int) -> dict[str, jax.Array]:
-    """Global arrays `[global_rows, S]` from this process's `own_rows` of each (all processes call this together)."""
+    """Global arrays `[global_rows, S, …]` from this process's `own_rows` of each (all processes call this together)."""
     own = own_rows(mesh, global_rows)
     place = {row: at for at, row in enumerate(own)}
 
     def whole(rows: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             first, end, _ = index[0].indices(global_rows)
-            return rows[place[first] : place[first] + end - first, index[1]]
+            return rows[(slice(place[first], place[first] + end - first), *index[1:])]
 
-        return jax.make_array_from_callback((global_rows, rows.shape[1]), batch_sharding(mesh), part)
+        return jax.make_array_from_callback((global_rows, *rows.shape[1:]), batch_sharding(mesh), part)
 
     return {name: whole(rows) for name, rows in arrays.items()}
 

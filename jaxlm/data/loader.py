@@ -138,6 +138,11 @@ class Loader:
             found.append({"source": str(of.folder), "row": row, "documents": of.documents(row)})
         return found
 
+    def located(self, step: int) -> list[tuple[int, int]]:
+        """(which source, the row's number in it) of each of the own rows of a step."""
+        places = (self.mixture.locate(step * self.global_batch + row) for row in self.own)
+        return [(source, int(cast(int, self._numbers[source][place]))) for source, place in places]
+
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start_step` on, without end, made ahead in a thread."""
         return prefetched(self.batch, start_step, self.prefetch)

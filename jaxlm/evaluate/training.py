@@ -13,6 +13,7 @@ from jaxlm.base import manifest, metrics, sharding
 from jaxlm.base.arrays import Array
 from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Change, RowSource, heldout_batches
+from jaxlm.data.rows import Row
 from jaxlm.model.lora import joined
 from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import tokenizer as tokenizers
@@ -56,7 +57,7 @@ def evaluator(
     """
     mesh = program.mesh
     rows = sharding.batch_sharding(mesh)
-    placed = {name: where for name, where in program.shardings.batch.items() if name != "base"} | {"bytes": rows}
+    placed = dict.fromkeys((*Row.__annotations__, "bytes"), rows)
     params_placed = joined(program.shardings.batch.get("base", {}), program.shardings.state.params)
     step = jax.jit(
         functools.partial(evaluate_batch, definition=definition, chunk_tokens=chunk_tokens),

@@ -1,4 +1,5 @@
-"""A model directory as a Hugging Face directory, which `from_pretrained` loads with nothing missing or left over."""
+"""A model directory as a Hugging Face directory, which `from_pretrained` loads with nothing missing or left over; or as
+a GGUF file."""
 
 import contextlib
 import math
@@ -14,7 +15,7 @@ from jaxlm.base import files, manifest
 from jaxlm.base.config import identity
 from jaxlm.base.errors import Refused, UserError, nearest
 from jaxlm.base.logging import logger
-from jaxlm.hub import families, generation, hugging_face
+from jaxlm.hub import families, generation, gguf_export, hugging_face
 from jaxlm.hub import tokenizers as tokenizer_files
 from jaxlm.hub.config import ExportConfig
 from jaxlm.hub.find import find_model
@@ -22,7 +23,6 @@ from jaxlm.hub.hugging_face import TYPES, Tensor
 from jaxlm.train import model_directory
 from jaxlm.train.model_directory import ModelDirectory
 
-KIND = "hugging_face"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # A shard is held in host memory while it is written.
 SHARD_BYTES = 2**30
@@ -45,35 +45,58 @@ def export(config: ExportConfig) -> dict[str, Any]:
     directory = model_directory.read(find_model(config.model, "model"), field="model", encoders=True)
     if not config.without_verdict:
         require_verdict(directory)
-    output = epath.Path(config.output or f"{config.workdir}/hugging_face")
-    if output.exists() and any(output.iterdir()) and not _is_ours(output):
+    output = epath.Path(config.output or f"{config.workdir}/{config.format}")
+    if output.exists() and any(output.iterdir()) and not _is_ours(output, config.format):
         raise UserError(f"output: {output} holds something else; give a new or an empty folder")
     origin = directory.manifest.facts.get("hugging_face") or {}
     if config.family and config.family not in families.BY_TYPE:
         raise UserError(f"family: no family is called {config.family!r}{nearest(config.family, families.BY_TYPE)}")
+    made = (_write_gguf if config.format == "gguf" else _write_hugging_face)(directory, config, origin, output)
+    contents = [name for name in files.walk(output) if name != "manifest.json"]
+    figure = f"a {made['family']} model, {made['bytes'] / 1e6:,.1f} MB of {made['dtype']}"
+    logger.info("%s: %s", output, figure)
+    summary = {"seconds": round(time.monotonic() - began, 2), "figure": figure}
+    made_with: Any = dict(inputs=read_from, config=identity(config), facts=made | {"summary": summary})
+    manifest.write(output, config.format, contents=contents, **made_with)
+    if config.workdir:
+        manifest.write(config.workdir, "export", contents=[] if config.output else [config.format], **made_with)
+    return summary
+
+
+def _dtype(config: ExportConfig, origin: Mapping[str, Any]) -> str:
+    return origin.get("dtype", "F32") if config.dtype == "auto" else DTYPES[config.dtype]
+
+
+def _write_hugging_face(
+    directory: ModelDirectory, config: ExportConfig, origin: Mapping[str, Any], output: epath.Path
+) -> dict[str, Any]:
+    """The directory's files; returns {"family", "dtype", "bytes"}."""
     family, values = families.find(directory.config, config.family or origin.get("model_type", ""))
     if family.model_type == "qwen2" and "qwen2" not in (origin.get("model_type"), config.family):
         raise UserError(
             "family: only qwen2 models are as this one, and transformers 5 cuts text in Qwen2's way for them, whatever "
             "tokenizer they come with; set family=qwen2 to export it all the same"
         )
-    dtype: str = origin.get("dtype", "F32") if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = _dtype(config, origin)
     types = _types(origin if config.dtype == "auto" else {}, dtype)
     tensors = hugging_face.tensors_of(family, directory.config)
     files.clear(output, ("manifest.json", "*.safetensors", hugging_face.INDEX))
     _write_config(directory, values, dtype, output)
     _write_tensors(directory, tensors, types, output)
-    contents = [name for name in files.walk(output) if name != "manifest.json"]
     size = sum(math.prod(t.shape) * TYPES[types(t.name)].itemsize for t in tensors)
-    figure = f"a {family.model_type} model, {size / 1e6:,.1f} MB of {dtype}"
-    logger.info("%s: %s", output, figure)
-    summary = {"seconds": round(time.monotonic() - began, 2), "figure": figure}
-    facts = {"family": family.model_type, "dtype": dtype, "bytes": size, "summary": summary}
-    made_with: Any = dict(inputs=read_from, config=identity(config), facts=facts)
-    manifest.write(output, KIND, contents=contents, **made_with)
-    if config.workdir:
-        manifest.write(config.workdir, "export", contents=[] if config.output else ["hugging_face"], **made_with)
-    return summary
+    return {"family": family.model_type, "dtype": dtype, "bytes": size}
+
+
+def _write_gguf(
+    directory: ModelDirectory, config: ExportConfig, origin: Mapping[str, Any], output: epath.Path
+) -> dict[str, Any]:
+    """OUTPUT/model.gguf; returns {"family", "dtype", "bytes"}."""
+    dtype, quantized = _dtype(config, origin), config.quantization == "q8_0"
+    with contextlib.ExitStack() as opened:
+        stored = directory.open_tensors(opened)
+        kind = config.family or origin.get("model_type", "")
+        name, size = gguf_export.write(directory, stored, kind, output, dtype, quantized)
+    return {"family": name, "dtype": "Q8_0" if quantized else dtype, "bytes": size}
 
 
 def require_verdict(directory: ModelDirectory) -> None:
@@ -87,8 +110,8 @@ def require_verdict(directory: ModelDirectory) -> None:
     )
 
 
-def _is_ours(output: epath.Path) -> bool:
-    return (output / "manifest.json").exists() and manifest.read(output).kind == KIND
+def _is_ours(output: epath.Path, kind: str) -> bool:
+    return (output / "manifest.json").exists() and manifest.read(output).kind == kind
 
 
 def _types(origin: Mapping[str, Any], dtype: str) -> Any:

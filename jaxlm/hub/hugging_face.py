@@ -137,6 +137,9 @@ def join(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
 class HuggingFaceDirectory:
     """A model on disk, of which config and tokenizer are read and the weights are not."""
 
+    described = "config.json"
+    """What the tensors are held against."""
+
     def __init__(self, folder: epath.PathLike, compute: str = ""):
         self.folder = epath.Path(folder)
         self.values = files.read_json(self.folder / "config.json")
@@ -148,7 +151,10 @@ class HuggingFaceDirectory:
             # Before anything is made layer by layer: a config may ask for a billion of them.
             if self.config.layers > len(stored):
                 raise UserError(f"{where}: names {self.config.layers} layers, and there are {len(stored)} tensors")
-            found = {kind: [name for name in stored if stored[name].get_dtype() == kind] for kind in TYPES}
+            self._choose_types(stored, compute)
+
+    def _choose_types(self, stored: Mapping[str, Any], compute: str) -> None:
+        found = {kind: [name for name in stored if stored[name].get_dtype() == kind] for kind in TYPES}
         self.dtype = max(found, key=lambda kind: len(found[kind]))
         """The type of most tensors."""
         self.other_dtypes = {kind: names for kind, names in found.items() if names and kind != self.dtype}
@@ -234,7 +240,7 @@ class HuggingFaceDirectory:
                 problems.append(f"unknown: {name} {stored[name].get_shape()}")
         if problems:
             shown = sorted(problems)[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
-            raise UserError(f"{self.folder}: its tensors do not fit its config.json:\n  " + "\n  ".join(shown))
+            raise UserError(f"{self.folder}: its tensors do not fit its {self.described}:\n  " + "\n  ".join(shown))
         return expected
 
     def _is_copy(self, name: str, stored: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a model directory on disk."""
+"""A Hugging Face directory or a GGUF file as a model directory on disk."""
 
 import functools
 import operator
@@ -12,9 +12,10 @@ from jaxlm.base import files, manifest
 from jaxlm.base.config import identity
 from jaxlm.base.errors import UserError
 from jaxlm.base.logging import logger
-from jaxlm.hub import generation, hugging_face, peft
+from jaxlm.hub import generation, gguf, hugging_face, peft
 from jaxlm.hub.config import ImportConfig
 from jaxlm.hub.find import is_hugging_face
+from jaxlm.hub.opened import hash_of
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import chat
@@ -26,11 +27,18 @@ from jaxlm.train import model_directory
 def inputs(config: ImportConfig) -> dict[str, str]:
     """What the stage reads → a hash of each: here of all files at the top of the directory."""
     folder = epath.Path(config.source)
+    if gguf.is_gguf(folder) and folder.is_file() and not config.adapter:
+        return {config.source: hash_of(folder)}
     if not folder.is_dir() or not is_hugging_face(folder):
-        raise UserError(f"source: {folder} is no Hugging Face directory: a folder with a model's config.json is needed")
-    read = [config.source] + [config.adapter] * bool(config.adapter)
-    held = lambda folder: {path.name: files.sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    return {name: files.hash_json(held(epath.Path(name))) for name in read}
+        raise UserError(
+            f"source: {folder} is no Hugging Face directory: a folder with a model's config.json, or a "
+            "file NAME.gguf (without an adapter), is needed"
+        )
+    read = {config.source: hash_of(config.source)}
+    if config.adapter:
+        held = [path for path in sorted(epath.Path(config.adapter).iterdir()) if path.is_file()]
+        read[config.adapter] = files.hash_json({path.name: files.sha256(path) for path in held})
+    return read
 
 
 def import_model(config: ImportConfig) -> dict[str, Any]:
@@ -42,7 +50,8 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
     began = time.monotonic()
     files.clear(config.workdir, ("manifest.json",))
     made_with: Any = dict(inputs=inputs(config), config=identity(config))
-    directory = hugging_face.read(config.source, "" if config.compute == "auto" else config.compute)
+    read = gguf.read if gguf.is_gguf(config.source) else hugging_face.read
+    directory = read(config.source, "" if config.compute == "auto" else config.compute)
     template = _template(config, directory)
     definition = define_model(directory.config)
     origin = {

@@ -26,9 +26,9 @@ from jaxlm.base.config import from_dict
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.base.precision import Compute
 from jaxlm.hub import forward, hugging_face, peft
-from jaxlm.hub.find import find_model, is_hugging_face
 from jaxlm.hub.forward import SCORE_ROWS, padded, scoring_windows
 from jaxlm.hub.generation import Generation
+from jaxlm.hub.opened import open_model
 from jaxlm.hub.pooling import Pooling
 from jaxlm.model.config import ModelConfig, adapted
 from jaxlm.model.lora import joined
@@ -39,7 +39,6 @@ from jaxlm.sample.sampler import Completion, Sampler
 from jaxlm.sample.scoring import TokenScores, token_scores
 from jaxlm.tokenizer.chat import ASSISTANT, ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
-from jaxlm.train import model_directory
 
 Conversation = Sequence[Mapping[str, Any]]
 Prompt = str | Conversation | Sequence[int]
@@ -68,7 +67,7 @@ def load(
     compute: Compute | None = None,
     adapter: epath.PathLike | None = None,
 ) -> "LanguageModel":
-    """The model in a model directory, in a Hugging Face directory, or the newest one in a run's folder.
+    """The model in a model directory, in a Hugging Face directory or a GGUF file, or the newest one in a run's folder.
 
     `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
     `verify=False` skips the sha256 of its files. `compute` is the type of matrix products, in place of the model's own
@@ -76,9 +75,7 @@ def load(
     LoRA or DoRA, which stays beside the model's matrices. Raises UserError for folders
     without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
     """
-    foreign = is_hugging_face(epath.Path(path))
-    ours = lambda: model_directory.read(find_model(path), verify=verify, encoders=True)
-    directory = hugging_face.read(path) if foreign else ours()
+    directory = open_model(path, verify=verify, encoders=True)
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)

@@ -95,11 +95,14 @@ def read_template(folder: epath.Path, tokenizer: Tokenizer) -> ChatTemplate | No
     where = str(path if path.exists() else folder / CONFIG)
     if not isinstance(source, str):
         raise UserError(f"{where}: chat_template is no text")
-    # A template can write a beginning that the tokenizer itself puts before no text.
-    bos = _name(config, "bos")
+    return template_of(source, tokenizer, _name(config, "bos"), f"{where}: chat_template")
+
+
+def template_of(source: str, tokenizer: Tokenizer, bos: str | None, where: str) -> ChatTemplate:
+    """A template that can write a beginning, `bos`, which the tokenizer itself puts before no text."""
     if tokenizer.bos_id is None and bos and "bos_token" in source:
         source = f"{{%- set bos_token = {json.dumps(bos)} -%}}" + source
-    return ChatTemplate(source, tokenizer, f"{where}: chat_template")
+    return ChatTemplate(source, tokenizer, where)
 
 
 def _config(folder: epath.Path) -> dict[str, Any]:
@@ -127,8 +130,7 @@ def write(
 
     An `encoder`'s puts BOS and EOS around every text, as `LanguageModel.embed` does, and calls them BERT's names too.
     """
-    values = tokenizer.values if isinstance(tokenizer, HuggingFaceTokenizer) else _converted(tokenizer)
-    values = _framed(values, tokenizer) if encoder else values
+    values = _framed(as_json(tokenizer), tokenizer) if encoder else as_json(tokenizer)
     files.write_bytes(folder / FAST, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     names = {id: name for name, id in tokenizer.special_ids.items()}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -158,6 +160,11 @@ def _framed(values: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         single=f"{first} $A {last}".strip(), pair=f"{first} $A {last} $B {last}".strip(), special_tokens=pieces
     )
     return json.loads(made.to_str())
+
+
+def as_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of its tokenizer.json. Raises UserError where that would cut text in another way."""
+    return tokenizer.values if isinstance(tokenizer, HuggingFaceTokenizer) else _converted(tokenizer)
 
 
 def _converted(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -191,6 +198,20 @@ def _converted(tokenizer: Tokenizer) -> dict[str, Any]:
     return values
 
 
+def merges_of(pieces: Mapping[str, tuple[float, int]]) -> list[tuple[str, str]]:
+    """Piece → (score, id), as the merges of a BPE model.
+
+    sentencepiece joins the two neighbours whose joint has the highest score: every way to cut a piece is a merge.
+
+    >>> merges_of({"a": (-2, 0), "b": (-3, 1), "ab": (0, 2), "abb": (-1, 3)})
+    [('a', 'b'), ('ab', 'b')]
+    """
+    cuts = [(piece, piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece))]
+    sound = [(piece, left, right) for piece, left, right in cuts if left in pieces and right in pieces]
+    made = [(-pieces[piece][0], pieces[left][1], (left, right)) for piece, left, right in sound]
+    return [pair for *_, pair in sorted(made)]
+
+
 def _byte_signs() -> dict[int, str]:
     """Byte → its character in byte-level BPE (GPT-2): itself where it can be seen, else one from U+100 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -211,18 +232,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokeniz
     if any(pieces[id][1] != int(pieces[id][1]) for id in joined):  # a BPE model's scores are 0, -1, -2, ...
         made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=model.unk_id(), byte_fallback=True))
     else:
-        # sentencepiece joins the two neighbours whose joint has the highest score: every way to cut a piece is a merge.
-        cuts = [(id, cut) for id in joined for cut in range(1, len(pieces[id][0]))]
-        parts = [(id, pieces[id][0][:cut], pieces[id][0][cut:]) for id, cut in cuts]
-        merges = [
-            (-pieces[id][1], vocabulary[left], (left, right))
-            for id, left, right in parts
-            if vocabulary.get(left) in joined and vocabulary.get(right) in joined
-        ]
         made = tokenizers.Tokenizer(
             models.BPE(
                 vocab=vocabulary,
-                merges=[pair for *_, pair in sorted(merges)],
+                merges=merges_of({pieces[id][0]: (pieces[id][1], id) for id in joined}),
                 unk_token=model.id_to_piece(model.unk_id()),
                 byte_fallback=True,
                 fuse_unk=True,

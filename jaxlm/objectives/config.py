@@ -69,13 +69,16 @@ class ObjectiveConfig:
 
 def check_fits(config: Any) -> None:
     """Raises ConfigError where objective and model of a `PretrainConfig` do not go together."""
-    model = config.model
+    model, teacher = config.model, config.distill
+    stored = teacher is not None and teacher.stored and config.objective.fill_in_the_middle
+    check(not stored, "distill.stored", "is of plain rows, and fill_in_the_middle changes them; give a teacher instead")
     if config.objective.masked_words is None:
         problem = "is off, so that each token would see the next one; set it, or give objective.masked_words"
         check(model.causal, "model.causal", problem)
         return
     problem = "a causal model does not see what follows a missing word; set model.causal=False"
     check(not model.causal, "objective.masked_words", problem)
+    check(teacher is None, "distill", "is learning from what follows a token; masked_words leaves nothing to follow")
     check(model.head != "pooler", "model.head", "is pooler, which predicts no token; take transform (BERT's) or plain")
     check(not config.sample_prompts, "sample_prompts", "an encoder writes no text; leave it empty")
     given = {"batch_rows": config.batch_rows, "steps": config.steps, "schedule.peak": config.schedule.peak}

@@ -59,6 +59,8 @@ def stored_parts(program: Program) -> dict[str, int]:
         parts[next((names[field] for field in fields if field in names), "other state")] += shard_bytes(leaf)
     batch = dict(program.abstract_batch)
     parts["frozen base"] = sum(map(shard_bytes, jax.tree.leaves(batch.pop("base", {}))))
+    if teacher := batch.pop("teacher", {}):
+        parts["teacher"] = sum(map(shard_bytes, jax.tree.leaves(teacher)))
     parts["batch"] = sum(map(shard_bytes, jax.tree.leaves(batch)))
     return parts
 

@@ -27,7 +27,7 @@ from jaxlm.train.processes import from_first
 from jaxlm.train.state import Program
 
 Describe = Callable[[int, Any], Sequence[Any]]
-FROZEN = ("base", "frozen")
+FROZEN = ("base", "frozen", "teacher")
 
 
 class BlackBox:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource, check_exclude
+from jaxlm.distill.config import DistillConfig
 from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.objectives.config import ObjectiveConfig, check_fits
 from jaxlm.routing.config import RoutingConfig
@@ -47,6 +48,8 @@ class PretrainConfig(StageConfig):
     """The learning rate."""
     routing: RoutingConfig = RoutingConfig()
     """Balance of a mixture of experts."""
+    distill: DistillConfig | None = None
+    """Learns from a teacher's next tokens beside the data's; none: from the data's alone."""
     z_loss: float = 0.0
     """Weight of log²(normaliser) in the objective; 1e-4 keeps logits from drifting."""
     loss_chunk_tokens: int = 0
@@ -118,6 +121,8 @@ class SFTConfig(StageConfig):
     """How often the chats are gone through, where `steps` is 0."""
     steps: int = 0
     """Updates of the whole schedule; 0 derives them from the epochs."""
+    distill: DistillConfig | None = None
+    """Learns from a teacher's next tokens beside the answers'; none: from the answers' alone."""
     lora: LoRAConfig | None = None
     """Trains low-rank adapters beside the model's frozen matrices, at rates of 1e-4 or more; none: all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()

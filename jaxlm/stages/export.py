@@ -1,6 +1,7 @@
-"""Exporting: a model that has passed the gate → a Hugging Face directory.
+"""Exporting: a model that has passed the gate → a Hugging Face directory, or a GGUF file for llama.cpp.
 
     python -m jaxlm export --model=runs/demo/ppo --output=exported                 # or --workdir=DIR: DIR/hugging_face
+    python -m jaxlm export --model=runs/demo/ppo --output=exported --format=gguf --quantization=q8_0
 
 `transformers` loads it with `AutoModelForCausalLM` (a reward model with `AutoModelForSequenceClassification`, an
 encoder with `AutoModelForMaskedLM`) and `AutoTokenizer`; chat template, stop tokens and sampling defaults come along.

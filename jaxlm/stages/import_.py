@@ -1,6 +1,6 @@
-"""Importing: a Hugging Face directory → a model directory, WORKDIR/model, that every later stage takes.
+"""Importing: a Hugging Face directory, or a GGUF file → a model directory, WORKDIR/model, that every later stage takes.
 
-    python -m jaxlm import --source=models/SmolLM2-135M --workdir=runs/smollm
+    python -m jaxlm import --source=models/SmolLM2-135M --workdir=runs/smollm         # or --source=models/x.gguf
 
 Weights are read tensor by tensor; what is not understood of config.json, tensors or tokenizer is refused by name.
 Time: 33 s for 617 M parameters in bfloat16 (two busy cores), 4.4 GB of memory at the peak.

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxlm.adapters.training import with_base
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data.loader import Loader
+from jaxlm.distill import teaching
 from jaxlm.evaluate.samples import with_samples
 from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
 from jaxlm.hub.finish import stopped_early, summary_of, write_model
+from jaxlm.hub.opened import hash_of, open_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import active_parameters, define_model, flops_per_token
 from jaxlm.objectives import rows as objectives
@@ -35,7 +38,7 @@ from jaxlm.stages.config import PretrainConfig
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.train import losses
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.loop import Task, compiled_step, global_batches, run_identity, train
+from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
 from jaxlm.train.state import Program, TrainState, abstract_rows, from_seed, make_program
@@ -55,7 +58,8 @@ def validate(config: PretrainConfig, device_count: int) -> None:
 
 def inputs(config: PretrainConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    return {source.path: manifest.read(source.path, "rows", "data").hash for source in config.data}
+    rows = {source.path: manifest.read(source.path, "rows", "data").hash for source in config.data}
+    return rows | teaching.inputs(config.distill, hash_of)
 
 
 def complete(config: PretrainConfig) -> PretrainConfig:
@@ -93,17 +97,24 @@ def complete(config: PretrainConfig) -> PretrainConfig:
 
 
 def train_step(
-    state: TrainState, batch: dict[str, jax.Array], *, config: PretrainConfig, definition: Any, optimizer: Any
+    state: TrainState,
+    batch: dict[str, Any],
+    *,
+    config: PretrainConfig,
+    definition: Any,
+    optimizer: Any,
+    learnt: teaching.CrossEntropy,
 ) -> tuple[TrainState, dict[str, Mean]]:
     """One update on a global batch of rows `[B, S]`."""
     # The loss is a sum over the global batch's targets, divided by their number: pieces and devices only add.
+    teacher, batch = learnt.separated(batch)
     targets = jnp.sum(losses.predictions_of(batch)[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
     load = balance.loads(state.params, batch, config.accumulate, definition, config.routing)
 
     def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
-        sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
-        total = (sums.loss + config.z_loss * sums.squared_normalizer) / count
+        sums = learnt.row_sums(params, rows, teacher, definition, config.loss_chunk_tokens)
+        total = (learnt.total(sums) + config.z_loss * sums.squared_normalizer) / count
         return total + balance.penalty(sums.routing, load, batch, config.routing), sums
 
     (loss, sums), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
@@ -113,18 +124,26 @@ def train_step(
     rule = (optimizer, config.optimizer, definition)
     also = lambda params: balance.balanced(params, sums.routing, definition, config.routing.bias_rate)
     state, norms = apply_gradients(state, gradients, loss, good, rate, *rule, also)
-    return state, losses.as_metrics(sums) | balance.as_metrics(sums.routing) | norms
+    return state, learnt.metrics(sums) | balance.as_metrics(sums.routing) | norms
 
 
 def build(config: PretrainConfig, mesh: Mesh) -> Program:
     """The compiled-once step with pinned shardings, for a complete config; nothing is allocated here."""
     definition = define_model(chosen(config.model, mesh.devices.flat[0].platform, config.row_length))
     optimizer = optimizers.make_optimizer(config.optimizer, definition)
-    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer)
+    learnt = learnt_by(config, mesh)
+    step = functools.partial(train_step, config=config, definition=definition, optimizer=optimizer, learnt=learnt)
     rows = objectives.abstract(config.objective, abstract_rows(mesh, config.batch_rows, config.row_length))
-    return make_program(
-        step, definition, optimizer, rows, mesh, rule=config.optimizer, start=from_seed(definition, config.seed)
-    )
+    batch = rows | learnt.abstract(config.batch_rows)
+    given: dict[str, Any] = dict(rule=config.optimizer, start=from_seed(definition, config.seed), base=learnt.base)
+    return make_program(step, definition, optimizer, batch, mesh, **given)
+
+
+def learnt_by(config: PretrainConfig, mesh: Mesh) -> teaching.CrossEntropy:
+    """What the rows are learnt by: their own tokens, or a teacher's too."""
+    tokenizer = lambda: manifest.read(config.data[0].path, "rows", "data").facts["tokenizer_hash"]
+    sizes: dict[str, int] = dict(row_length=config.row_length, vocab_size=config.model.vocab_size)
+    return teaching.objective_of(config.distill, open_model, mesh, tokenizer_hash=tokenizer, **sizes)
 
 
 def announce(config: PretrainConfig, mesh: Mesh) -> None:
@@ -194,7 +213,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             model=config.model,
             steps=config.steps,
             weights=loader.weights,
-            batches=global_batches(loader, mesh),
+            batches=with_base(learnt_by(config, mesh).batches(loader, mesh), program.base()),
             evaluate=with_samples(measure, config, config.model, tokenizer),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(config.model, config.row_length),

@@ -28,11 +28,13 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.data import chats
 from jaxlm.data.loader import Loader
+from jaxlm.distill import teaching
 from jaxlm.evaluate.samples import with_samples
 from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.finish import stopped_early, summary_of, write_model
+from jaxlm.hub.opened import hash_of, open_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import flops_per_token
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
@@ -42,7 +44,7 @@ from jaxlm.stages.config import SFTConfig
 from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
 from jaxlm.train import optimizer as optimizers
-from jaxlm.train.loop import Task, compiled_step, global_batches, run_identity, train
+from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
@@ -61,7 +63,8 @@ def validate(config: SFTConfig, device_count: int) -> None:
 def inputs(config: SFTConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
     rows = {source.path: manifest.read(source.path, "rows", "pretraining").hash for source in config.pretraining}
-    return inputs_of(config.model, config.chat_template, config.sources) | rows
+    teacher = teaching.inputs(config.distill, hash_of)
+    return inputs_of(config.model, config.chat_template, config.sources) | rows | teacher
 
 
 def write_rows(config: SFTConfig, model: ModelDirectory, template: chat.ChatTemplate, row_length: int) -> None:
@@ -94,10 +97,17 @@ def complete(config: SFTConfig, model: ModelDirectory) -> SFTConfig:
 
 
 def train_step(
-    state: TrainState, batch: dict[str, jax.Array], *, config: SFTConfig, definition: Any, optimizer: Any
+    state: TrainState,
+    batch: dict[str, Any],
+    *,
+    config: SFTConfig,
+    definition: Any,
+    optimizer: Any,
+    learnt: teaching.CrossEntropy,
 ) -> tuple[TrainState, dict[str, Mean]]:
     """One update on a global batch of rows `[B, S]`."""
     # Every target of the global batch counts alike, in a long answer as in a short one.
+    teacher, batch = learnt.separated(batch)
     targets = jnp.sum(losses.targets_of(batch["ids"], batch["loss_mask"])[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
     base, batch = separated(batch, config.accumulate)
@@ -106,8 +116,8 @@ def train_step(
 
     def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
         params = over_base(params, rows)
-        sums = losses.row_sums(params, rows, definition, config.loss_chunk_tokens)
-        return sums.loss / count + balance.penalty(sums.routing, load, batch, config.routing), sums
+        sums = learnt.row_sums(params, rows, teacher, definition, config.loss_chunk_tokens)
+        return learnt.total(sums) / count + balance.penalty(sums.routing, load, batch, config.routing), sums
 
     (loss, sums), gradients = gradients_in_pieces(objective, state.params, batch, config.accumulate)
     good = jnp.isfinite(loss) & (targets > 0)
@@ -116,7 +126,7 @@ def train_step(
     bias_rate = 0.0 if base else config.routing.bias_rate  # under adapters, routers stay as they are
     also = lambda params: balance.balanced(params, sums.routing, definition, bias_rate)
     state, norms = apply_gradients(state, gradients, loss, good, rate, *rule, also)
-    return state, losses.as_metrics(sums) | balance.as_metrics(sums.routing) | norms
+    return state, learnt.metrics(sums) | balance.as_metrics(sums.routing) | norms
 
 
 def build(config: SFTConfig, mesh: Mesh) -> Program:
@@ -133,10 +143,20 @@ def tune(config: SFTConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool
 
 def _build(config: SFTConfig, mesh: Mesh, tuned: Tuned) -> Program:
     optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
-    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer)
+    learnt = learnt_by(config, mesh, tuned.model)
+    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer, learnt=learnt)
     batch = abstract_rows(mesh, config.batch_rows, config.row_length) | tuned.abstract()
-    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
+    batch |= learnt.abstract(config.batch_rows)
+    base = lambda: tuned.base() | learnt.base()
+    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=base)
     return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
+
+
+def learnt_by(config: SFTConfig, mesh: Mesh, model: ModelDirectory) -> teaching.CrossEntropy:
+    """What the rows are learnt by: their own tokens, or a teacher's too."""
+    sizes: dict[str, int] = dict(row_length=config.row_length, vocab_size=model.config.vocab_size)
+    tokenizer = lambda: model.tokenizer().hash
+    return teaching.objective_of(config.distill, open_model, mesh, tokenizer_hash=tokenizer, **sizes)
 
 
 def main(config: SFTConfig) -> dict[str, Any]:
@@ -185,7 +205,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
             model=model.config,
             steps=config.steps,
             weights=loader.weights,
-            batches=with_base(global_batches(loader, mesh), program.base()),
+            batches=with_base(learnt_by(config, mesh, model).batches(loader, mesh), program.base()),
             evaluate=with_samples(measure, config, tuned.config, model.tokenizer(), template, program.whole),
             tokens_per_step=config.batch_rows * config.row_length,
             flops_per_token=flops_per_token(tuned.config, config.row_length),

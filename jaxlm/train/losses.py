@@ -1,6 +1,6 @@
 """Losses as sums over counted units, never as means: the caller divides once, by the global batch's count."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,8 @@ class TokenSums(NamedTuple):
     """how many were counted"""
     routing: Routing | None = None
     """what the routers of a mixture of experts did, summed over all real tokens"""
+    divergence: Array | None = None
+    """from a teacher's next tokens, nats (`distill/losses.py`)"""
 
 
 def targets_of(ids: Int[Array, "B S"], loss_mask: Bool[Array, "B S"]) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
@@ -87,13 +89,17 @@ def row_sums(params: Params, rows: Mapping[str, Array], definition: Definition, 
     def sums(flat: Any) -> TokenSums:
         return token_sums(apply(definition, params, lambda m: m.logits(flat[0])), flat[1], flat[2])
 
-    tokens = flat[1].shape[0]
+    return in_chunks(sums, flat, chunk_tokens)._replace(routing=routing)
+
+
+def in_chunks(sums: Callable[[Any], TokenSums], flat: Any, chunk_tokens: int) -> TokenSums:
+    """The sum of `sums` over arrays of N positions, `chunk_tokens` at a time, made anew for the gradient; or of all."""
+    tokens = jax.tree.leaves(flat)[0].shape[0]
     if not chunk_tokens or tokens <= chunk_tokens:
-        return sums(flat)._replace(routing=routing)
+        return sums(flat)
     # Chunk c takes tokens c, c + C, …, so that each is spread over the devices as the batch is.
     chunks = jax.tree.map(lambda x: x.reshape(chunk_tokens, -1, *x.shape[1:]).swapaxes(0, 1), flat)
-    each = jax.lax.map(jax.checkpoint(sums), chunks)
-    return jax.tree.map(jnp.sum, each)._replace(routing=routing)
+    return jax.tree.map(jnp.sum, jax.lax.map(jax.checkpoint(sums), chunks))
 
 
 def as_metrics(sums: TokenSums) -> dict[str, Mean]:

@@ -61,7 +61,8 @@ class Program(NamedTuple):
     shardings: Shardings
     mesh: Mesh
     base: Callable[[], dict[str, Params]] = dict
-    """() → {"base": the frozen weights under adapters}, read once, which every batch takes; {} where all train"""
+    """() → what every batch takes and nothing changes, read once: "base", the frozen weights under adapters, and
+    "teacher"; {} where there is neither"""
 
     def whole(self, params: Params) -> Params:
         """A state's parameters, with the frozen ones under them."""

@@ -14,6 +14,7 @@ from jaxlm.base.errors import ConfigError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
 from jaxlm.data.config import ChatSource, MixtureSource
+from jaxlm.distill.teaching import CrossEntropy
 from jaxlm.model.config import ExpertsConfig, ModelConfig
 from jaxlm.model.experts import Routing
 from jaxlm.model.transformer import define_model
@@ -231,7 +232,8 @@ def test_sft_has_the_same_losses():
         state = pretrain.build(CONFIG, mesh).initialize()
         made = []
         for step, settings in ((pretrain.train_step, CONFIG), (sft.train_step, config)):
-            step = functools.partial(step, config=settings, definition=definition, optimizer=optimizer)
+            given = {"definition": definition, "optimizer": optimizer, "learnt": CrossEntropy()}
+            step = functools.partial(step, config=settings, **given)
             made.append(values(jax.jit(step)(state, rows())[1]))
     assert made[0] == pytest.approx(made[1], rel=1e-6)
     assert made[0]["train/balance_loss"] > 1
