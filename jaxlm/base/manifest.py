@@ -153,9 +153,15 @@ def verify(folder: epath.PathLike, manifest: Manifest) -> None:
 def has_types(cls: type, values: Mapping[str, Any]) -> bool:
     """Whether JSON values have the types of a dataclass's fields, and files their sizes: what was edited may not."""
     hints = typing.get_type_hints(cls)
-    plain = lambda hint: hint if isinstance(hint, types.UnionType) else typing.get_origin(hint) or hint
-    fine = all(isinstance(values[name], plain(hint)) for name, hint in hints.items() if name in values)
-    return fine and all(isinstance(e, dict) and isinstance(e.get("bytes"), int) for e in values["files"].values())
+    fine = all(_has_type(values[name], hint) for name, hint in hints.items() if name in values)
+    return fine and all(isinstance(e.get("bytes"), int) for e in values["files"].values())
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is dict and isinstance(value, dict):
+        return all(_has_type(held, typing.get_args(hint)[1]) for held in value.values())
+    return hint is Any or isinstance(value, hint if isinstance(hint, types.UnionType) else origin or hint)
 
 
 def inside(folder: epath.Path, name: str) -> epath.Path:

@@ -57,7 +57,8 @@ def evaluator(
     """
     mesh = program.mesh
     rows = sharding.batch_sharding(mesh)
-    placed = dict.fromkeys((*Row.__annotations__, "bytes"), rows)
+    names = [name for name in (*Row.__annotations__, "targets") if name in program.shardings.batch]
+    placed = dict.fromkeys([*names, "bytes"], rows)
     params_placed = joined(program.shardings.batch.get("base", {}), program.shardings.state.params)
     step = jax.jit(
         functools.partial(evaluate_batch, definition=definition, chunk_tokens=chunk_tokens),

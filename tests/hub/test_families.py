@@ -448,7 +448,7 @@ REFUSED = {
         {"num_key_value_heads": 3},
         "gives a model whose kv_heads: 3 does not divide",
     ),
-    "a billion layers": ("llama", {"num_hidden_layers": 10**9}, "names 1000000000 layers, and there are"),
+    "a billion layers": ("llama", {"num_hidden_layers": 10**9}, "a model of 1000000000 layers, of 10000 at most"),
     "a width past all memory": (
         "llama",
         {"hidden_size": 2**40},
