@@ -47,6 +47,11 @@ SMALL: dict[str, Any] = {
 ODD = {"head_dim": 10, "num_key_value_heads": 1, "num_hidden_layers": 2}
 QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 0.5}
+# As DeepSeek has them: heads of 6 + 4 numbers for queries and keys, of 8 for values.
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
+DEEPSEEK_YARN = YARN | {"rope_theta": 500.0, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+GROUPS = {"n_group": 4, "topk_group": 2}
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 GPT2: dict[str, Any] = {"vocab_size": 71, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -154,6 +159,42 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "bfloat16",
     ),
     "llama-yarn": ("llama", SMALL | ODD | {"rope_parameters": YARN | {"rope_theta": 500.0, "factor": 8.0}}, "float32"),
+    "deepseek-v2": (
+        "deepseek_v2",
+        SMALL
+        | LATENT
+        | GROUPS
+        | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "q_lora_rank": 14}
+        | {"first_k_dense_replace": 1, "n_shared_experts": 2, "rope_parameters": DEEPSEEK_YARN},
+        "float32",
+    ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        SMALL
+        | LATENT
+        | {"q_lora_rank": None, "num_hidden_layers": 2, "v_head_dim": 4, "attention_bias": True, "n_shared_experts": 1}
+        | {"rope_parameters": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, "rms_norm_eps": 1e-5}
+        | {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        "bfloat16",
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        SMALL
+        | LATENT
+        | GROUPS
+        | {"q_lora_rank": 14, "first_k_dense_replace": 1, "n_shared_experts": 1, "rms_norm_eps": 1e-5}
+        | {"rope_parameters": DEEPSEEK_YARN, "num_nextn_predict_layers": 0},
+        "bfloat16",
+    ),
+    "deepseek-v3-plain": (
+        "deepseek_v3",
+        SMALL
+        | LATENT
+        | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 2}
+        | {"attention_bias": True, "norm_topk_prob": False, "rope_interleave": False, "num_hidden_layers": 2}
+        | {"v_head_dim": 4, "kv_lora_rank": 10, "qk_rope_head_dim": 6, "tie_word_embeddings": True},
+        "float32",
+    ),
     "gpt2": ("gpt2", GPT2, "float32"),
     "gpt2-untied": ("gpt2", GPT2 | {"n_inner": 20, "tie_word_embeddings": False}, "bfloat16"),
     "pythia": ("gpt_neox", NEOX | {"hidden_size": 32, "rotary_pct": 0.25, "num_hidden_layers": 2}, "float16"),
@@ -196,6 +237,9 @@ def make(name: str) -> None:
             weight.copy_(random.to(getattr(torch, dtype)))
         if model_type == "bert" and not bare:  # one of the two takes no part in what an untied model computes
             model.cls.predictions.bias.copy_(model.cls.predictions.decoder.bias)
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.copy_((torch.randn_like(buffer) * 0.3).to(getattr(torch, dtype)))
     ids = torch.randint(
         3, values["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0)
     )

@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "latent": ("fsdp",),
     "experts": ("expert",),
     "routes": (),
     "norm": (),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.base.errors import ConfigError, UserError, nearest
+from jaxlm.hub.deepseek import deepseek_rope, latent, v2_experts, v3_experts
 from jaxlm.hub.fields import (
     Part,
     Reader,
@@ -27,7 +28,22 @@ from jaxlm.hub.fields import (
 )
 from jaxlm.hub.mixtures import every_layer, qwen_moe
 from jaxlm.hub.rope import gemma3_rope, gpt_oss_rope, neox_rope, phi3_rope, rope
-from jaxlm.hub.rules import AFTER, BERT, BOTH, ENDS, GPT2, GPT_OSS, LLAMA, MIXTRAL, NEOX, PHI3, PRODUCTS, QWEN_MOE, Rule
+from jaxlm.hub.rules import (
+    AFTER,
+    BERT,
+    BOTH,
+    DEEPSEEK,
+    ENDS,
+    GPT2,
+    GPT_OSS,
+    LLAMA,
+    MIXTRAL,
+    NEOX,
+    PHI3,
+    PRODUCTS,
+    QWEN_MOE,
+    Rule,
+)
 from jaxlm.model.config import ModelConfig
 
 MOST_LAYERS = 10_000
@@ -59,6 +75,8 @@ class Family:
     """Of encoders, class → our `head`, in place of those two; the one without logits is the bare encoder."""
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Ends of names of tensors that older checkpoints hold and that are computed anyway, or that its class lacks."""
+    extra_layers: str = ""
+    """The field that counts layers which checkpoints may hold past the model's, and which it does not compute with."""
 
     def classes(self) -> tuple[str, ...]:
         """Its language model's class and its reward model's; an encoder's by their heads."""
@@ -94,6 +112,7 @@ class Family:
             made |= {"criteria": ("overall",) if names == ["LABEL_0"] else tuple(names), "tied_embeddings": False}
         for key, value in self.only.items():
             reader.expect(key, value)
+        reader.taken |= {self.extra_layers}
         reader.refuse_the_rest(self.model_type)
         try:
             return ModelConfig(**made).complete()
@@ -117,17 +136,17 @@ class Family:
         return values
 
 
-SHAPE = renamed(
-    vocab_size="vocab_size",
-    hidden_size="width",
-    num_hidden_layers="layers",
-    num_attention_heads="heads",
-    num_key_value_heads="kv_heads",
-    head_dim="head_size",
-    intermediate_size="feed_forward",
-    rms_norm_eps="norm_epsilon",
-    tie_word_embeddings="tied_embeddings",
-)
+NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "feed_forward",
+    "rms_norm_eps": "norm_epsilon",
+    "tie_word_embeddings": "tied_embeddings",
+}
+SHAPE, SHAPE_BUT_HEADS = renamed(**NAMES, head_dim="head_size"), renamed(**NAMES)
 SILU, GELU = activation("hidden_act"), activation("hidden_activation")
 ATTENTION_BIAS = biases(attention_bias=("qkv", "output"))
 GEMMA: dict[str, Any] = {"scale_embeddings": True, "norm_offset": True}
@@ -259,6 +278,34 @@ FAMILIES = (
         | {"attention_bias": True, "sliding_window": 128, "rope_parameters": GPT_OSS_YARN},
         fixed={"activation": "clamped", "attention_sinks": True},
         only={"hidden_act": "silu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0} | ROPE_ONLY,
+    ),
+    Family(
+        model_type="deepseek_v2",
+        name="DeepseekV2",
+        rules=DEEPSEEK,
+        parts=(SHAPE_BUT_HEADS, SILU, ATTENTION_BIAS, latent, deepseek_rope, v2_experts),
+        defaults={"n_group": None, "topk_group": None, "topk_method": "greedy", "routed_scaling_factor": 1.0}
+        | {"first_k_dense_replace": 0},
+        fixed={"rope_interleaved": True},
+        only={"mlp_bias": False} | ROPE_ONLY,
+    ),
+    Family(
+        model_type="deepseek_v3",
+        name="DeepseekV3",
+        rules=DEEPSEEK,
+        parts=(
+            SHAPE_BUT_HEADS,
+            SILU,
+            ATTENTION_BIAS,
+            latent,
+            deepseek_rope,
+            renamed(rope_interleave="rope_interleaved"),
+            v3_experts,
+        ),
+        defaults={"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3}
+        | {"norm_topk_prob": True, "rope_interleave": True},
+        only=ROPE_ONLY,
+        extra_layers="num_nextn_predict_layers",
     ),
     Family(
         model_type="gpt2",

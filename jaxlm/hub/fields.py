@@ -26,6 +26,7 @@ INERT = frozenset(
     num_return_sequences early_stopping no_repeat_ngram_size bad_words_ids suppress_tokens output_scores
     score_bias
     output_router_logits router_aux_loss_coef router_jitter_noise experts_per_token initial_context_length
+    ep_size aux_loss_alpha seq_aux
     """.split()
 )
 # What config.json may leave out, and what it stands for then; a family's own come before these.
@@ -293,9 +294,9 @@ def plain(config: ModelConfig) -> dict[str, Any]:
     near = "local" in kinds
     values["window"] = config.window if any(kind.startswith("local") for kind in kinds) else 0
     turned = any(kind in ("local", "global") for kind in kinds) and not config.learned_positions
-    for field in ("rope_base", "rope_size", "rope_scaling"):
+    for field in ("rope_base", "rope_size", "rope_scaling", "rope_interleaved"):
         values[field] = values[field] if turned else None
-    values["rope_size"] = (config.rope_size or config.head_size) if turned else 0
+    values["rope_size"] = (config.rope_size or config.head_size) if turned or config.latent.kv_rank else 0
     values["rope_base_local"] = (config.rope_base_local or config.rope_base) if near else 0.0
     sparse = [config.has_experts(layer) for layer in range(config.layers)]
     own = {

@@ -25,7 +25,7 @@ from jaxlm.hub import families, pooling
 from jaxlm.hub.families import Family
 from jaxlm.hub.generation import Generation
 from jaxlm.hub.pooling import Pooling
-from jaxlm.hub.rules import Rule
+from jaxlm.hub.rules import LAYER, Rule
 from jaxlm.hub.tokenizers import read_template, read_tokenizer
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import for_inference
@@ -235,13 +235,23 @@ class HuggingFaceDirectory:
             if shape != t.shape or kind not in TYPES:
                 problems.append(f"{t.name}: is {kind}{list(shape)}, but {list(t.shape)} of {' '.join(TYPES)} is needed")
         names = {t.name for t in expected}
+        beyond = self._extra_layers()
         for name in stored.keys() - names:
+            if name.startswith(beyond):
+                continue
             if not name.endswith(self.family.buffers) and not self._is_copy(name, stored):
                 problems.append(f"unknown: {name} {stored[name].get_shape()}")
         if problems:
             shown = sorted(problems)[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
             raise UserError(f"{self.folder}: its tensors do not fit its {self.described}:\n  " + "\n  ".join(shown))
         return expected
+
+    def _extra_layers(self) -> tuple[str, ...]:
+        """How names of layers begin that stand in the checkpoint beside the model, as DeepSeek-V3's for more tokens."""
+        count = self.values.get(self.family.extra_layers) or 0
+        if not isinstance(count, int) or not 0 <= count < 100:
+            raise UserError(f"{self.folder}/config.json: {self.family.extra_layers} is {count!r}; a number is needed")
+        return tuple(f"{LAYER.format(self.config.layers + number)}." for number in range(count))
 
     def _is_copy(self, name: str, stored: Mapping[str, Any]) -> bool:
         """Whether it is the output head of a config with tied embeddings, stored again; one that differs is refused."""

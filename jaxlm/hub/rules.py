@@ -42,14 +42,17 @@ ENDS = (
 )
 DOWN = linear(f"{LAYER}.mlp.down_proj", "layers.{}.mlp.down")
 OUTPUT = linear(f"{LAYER}.self_attn.o_proj", "layers.{}.attention.output")
+MLP = (
+    *linear(f"{LAYER}.mlp.gate_proj", "layers.{}.mlp.gate"),
+    *linear(f"{LAYER}.mlp.up_proj", "layers.{}.mlp.up"),
+    *DOWN,
+)
 PRODUCTS = (
     *linear(f"{LAYER}.self_attn.q_proj", "layers.{}.attention.query"),
     *linear(f"{LAYER}.self_attn.k_proj", "layers.{}.attention.key"),
     *linear(f"{LAYER}.self_attn.v_proj", "layers.{}.attention.value"),
     *OUTPUT,
-    *linear(f"{LAYER}.mlp.gate_proj", "layers.{}.mlp.gate"),
-    *linear(f"{LAYER}.mlp.up_proj", "layers.{}.mlp.up"),
-    *DOWN,
+    *MLP,
     *norm(f"{LAYER}.self_attn.q_norm", "layers.{}.attention.query_norm"),
     *norm(f"{LAYER}.self_attn.k_norm", "layers.{}.attention.key_norm"),
 )
@@ -97,6 +100,28 @@ GPT_OSS = (  # its experts' matrices are [in, out], as ours
     Rule(f"{LAYER}.mlp.experts.gate_up_proj_bias", tuple(f"{name}_bias" for name in GPT_OSS_PAIR), in_turn=True),
     Rule(f"{LAYER}.mlp.experts.down_proj", ("layers.{}.experts.down",)),
     Rule(f"{LAYER}.mlp.experts.down_proj_bias", ("layers.{}.experts.down_bias",)),
+)
+DEEPSEEK_ATTENTION = (
+    *linear(f"{LAYER}.self_attn.q_proj", "layers.{}.attention.query"),
+    *linear(f"{LAYER}.self_attn.q_a_proj", "layers.{}.attention.query_latent"),
+    *norm(f"{LAYER}.self_attn.q_a_layernorm", "layers.{}.attention.query_norm"),
+    *linear(f"{LAYER}.self_attn.kv_a_proj_with_mqa", "layers.{}.attention.latent", "layers.{}.attention.shared_key"),
+    *linear(f"{LAYER}.self_attn.q_b_proj", "layers.{}.attention.query_up"),
+    *norm(f"{LAYER}.self_attn.kv_a_layernorm", "layers.{}.attention.latent_norm"),
+    *linear(f"{LAYER}.self_attn.kv_b_proj", "layers.{}.attention.key", "layers.{}.attention.value", by_head=True),
+    *OUTPUT,
+)
+DEEPSEEK = (
+    *ENDS,
+    *BEFORE,
+    *DEEPSEEK_ATTENTION,
+    *MLP,
+    *experts(f"{LAYER}.mlp", "gate", "gate_proj", "up_proj", "down_proj"),
+    *(
+        Rule(f"{LAYER}.mlp.shared_experts.{name}_proj.weight", (f"layers.{{}}.experts.shared.{name}",), turned=True)
+        for name in ("gate", "up", "down")
+    ),
+    Rule(f"{LAYER}.mlp.gate.e_score_correction_bias", ("layers.{}.experts.choice_bias",)),
 )
 GPT2_LAYER = "transformer.h.{}"
 GPT2 = (  # its Conv1D holds [in, out], as ours

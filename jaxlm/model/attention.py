@@ -53,9 +53,9 @@ class Layer(NamedTuple):
     """What a layer's keys and values were in the past, each as its product takes it without turning it."""
 
     key: Array
-    """`[B, K, N, T]`"""
+    """`[B, K, N, T]`; of latent attention the shared keys `[B, 1, rope_size, T]`"""
     value: Array
-    """`[B, K, T, N]`"""
+    """`[B, K, T, N]`; of latent attention the latents `[B, 1, T, R]`"""
 
 
 class Place(NamedTuple):
@@ -93,12 +93,12 @@ def visible(place: Place, window: int, causal: bool = True) -> Bool[Array, "B S 
 def plain_attention(
     q: Float[Array, "B S H N"],
     k: Float[Array, "B K N T"],
-    v: Float[Array, "B K T N"],
+    v: Float[Array, "B K T M"],
     mask: Bool[Array, "B S T"],
     soft_cap: float,
     scale: float = 0.0,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "B S H N"]:
+) -> Float[Array, "B S H M"]:
     """softmax(scale q k) v, softmax in float32; query head h reads key head h // G; scale 0 stands for 1 / sqrt(N).
 
     `sinks` are one more score a head in the softmax's sum, with no value.
@@ -123,19 +123,19 @@ def plain_attention(
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(each - highest)
     mixed = precision.product(weights.astype(v.dtype), v) / total
-    return mixed.reshape(B, K, G, S, N).transpose(0, 3, 1, 2, 4).reshape(B, S, H, N).astype(q.dtype)
+    return mixed.reshape(B, K, G, S, -1).transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1).astype(q.dtype)
 
 
 def splash_attention(
     q: Float[Array, "B S H N"],
     k: Float[Array, "B S K N"],
-    v: Float[Array, "B S K N"],
+    v: Float[Array, "B S K M"],
     segments: Int[Array, "B S"],
     window: int,
     soft_cap: float,
     scale: float = 0.0,
     causal: bool = True,
-) -> Float[Array, "B S H N"]:
+) -> Float[Array, "B S H M"]:
     """The same by jax's Pallas kernel for TPU, which never makes the scores: O(S) memory, skipped blocks.
 
     Within a packed row, positions grow with the index inside a segment, so causality and window by index are
@@ -161,7 +161,7 @@ def splash_attention(
         over_kv_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
         ids = kernel.SegmentIds(segments, segments)
         out: Any = jax.vmap(over_kv_heads)(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), ids)
-        return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, N)
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
 
     # A kernel is opaque to the partitioner: each device runs it on its own rows and heads.
     heads = spec(("batch", None, "activation_heads", None))
@@ -194,7 +194,6 @@ class SelfAttention(nnx.Module):
             self.sinks = weight((H,), ("heads",), Constant(0.0))
         self.config = config
         self.window = config.window if kind.startswith("local") else 0
-        self.scale = config.query_scalar**-0.5 if config.query_scalar else 0.0
 
     def __call__(
         self, x: Float[Array, "B S D"], rotation: Rotation | None, place: Place, past: Layer | None
@@ -208,12 +207,16 @@ class SelfAttention(nnx.Module):
         if c.qk_norm and c.qk_norm_over == "head":
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        q = constrain(q, "batch", "sequence", "activation_heads", None)
-        k = constrain(k, "batch", "sequence", "activation_heads", None)
-        v = constrain(v, "batch", "sequence", "activation_heads", None)
+            q, k = (rotate(part, rotation, c.rope_interleaved) for part in (q, k))
+        out, past = self.attend(q, k, v, place, past)
+        return project(self, "output", out.reshape(B, S, -1), c.compute), past
+
+    def attend(self, q: Array, k: Array, v: Array, place: Place, past: Layer | None) -> tuple[Array, Layer | None]:
+        """What `[B, S, H, M]` the queries gather of these keys and values, and of those of the past."""
+        c = self.config
+        q, k, v = (constrain(part, "batch", "sequence", "activation_heads", None) for part in (q, k, v))
         if c.attention == "splash" and past is None:
-            given = place.query_segments, self.window, c.attention_soft_cap, self.scale, c.causal
+            given = place.query_segments, self.window, c.attention_soft_cap, c.score_scale, c.causal
             out = splash_attention(q, k, v, *given)
         else:
             k, v = precision.swapped(k.swapaxes(1, 2)), precision.held(v.swapaxes(1, 2))
@@ -222,8 +225,12 @@ class SelfAttention(nnx.Module):
                 k = jax.lax.dynamic_update_slice_in_dim(past.key, k.astype(past.key.dtype), place.slot, 3)
                 v = jax.lax.dynamic_update_slice_in_dim(past.value, v.astype(past.value.dtype), place.slot, 2)
                 past = Layer(k, v)
+                k, v = self.read(past)
             sinks = self.sinks[...] if c.attention_sinks else None
             mask = visible(place, self.window, c.causal)
-            out = plain_attention(q, k, v, mask, c.attention_soft_cap, self.scale, sinks)
-        out = constrain(out, "batch", "sequence", "activation_heads", None)
-        return project(self, "output", out.reshape(B, S, c.heads * c.head_size), c.compute), past
+            out = plain_attention(q, k, v, mask, c.attention_soft_cap, c.score_scale, sinks)
+        return constrain(out, "batch", "sequence", "activation_heads", None), past
+
+    def read(self, past: Layer) -> tuple[Array, Array]:
+        """The keys `[B, K, N, T]` and values `[B, K, T, M]` of what is cached."""
+        return past.key, past.value

@@ -16,21 +16,29 @@ Bias = Literal["qkv", "output", "mlp", "router"]
 class RopeScaling:
     """How rotary frequencies are changed for texts longer than those of pretraining."""
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    kind: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     """linear: all are divided by factor (arXiv:2306.15595); llama3: the slow ones are, with a smooth passage; yarn
-    (arXiv:2309.00071): so too, the passage linear in the frequency's number, and attention is sharpened."""
+    (arXiv:2309.00071): so too, the passage linear in the frequency's number, and attention is sharpened; longrope
+    (arXiv:2402.13753): each by a factor of its own, of two sets the one that the text's length asks for."""
     factor: float = 1.0
-    """By how much frequencies are divided."""
+    """By how much frequencies are divided; longrope: the longest text's length over the trained positions."""
     low_frequency: float = 1.0
     """llama3, yarn: frequencies of at most so many turns over the trained positions are divided by the whole factor."""
     high_frequency: float = 4.0
     """llama3, yarn: frequencies of at least so many turns stay as they are (yarn's usual value is 32)."""
     trained_positions: int = 8192
-    """llama3, yarn: positions of a text in pretraining."""
+    """llama3, yarn, longrope: positions of a text in pretraining."""
     attention_factor: float = 0.0
-    """yarn only: turned queries and keys are multiplied by this; 0: by 0.1 ln(factor) + 1."""
+    """yarn, longrope: turned queries and keys are multiplied by this; 0: by 0.1 ln(factor) + 1, and in longrope by
+    sqrt(1 + ln(factor) / ln(trained_positions))."""
     truncate: bool = True
     """yarn only: the passage begins and ends at whole numbers."""
+    mscale_all_dim: float = 0.0
+    """yarn only: all of attention's scores are multiplied by (0.1 ln(factor) times this + 1)², as DeepSeek's are."""
+    short_factors: tuple[float, ...] = ()
+    """longrope only: what each frequency is divided by in texts of up to trained_positions tokens."""
+    long_factors: tuple[float, ...] = ()
+    """longrope only: the same for longer texts, from their first token on."""
 
     def __post_init__(self):
         check(self.factor > 0, "factor", f"got {self.factor}; a positive number is needed")
@@ -39,6 +47,12 @@ class RopeScaling:
         check(self.trained_positions > 0, "trained_positions", f"got {self.trained_positions}; 1 or more is needed")
         ordered = 0 < self.low_frequency < self.high_frequency
         check(ordered, "low_frequency", f"got {self.low_frequency}; above 0, below high_frequency is needed")
+        fine = self.mscale_all_dim == 0 or (self.kind == "yarn" and self.mscale_all_dim > 0)
+        check(fine, "mscale_all_dim", f"got {self.mscale_all_dim}; a positive number for yarn, else 0, is needed")
+        for field in ("short_factors", "long_factors"):
+            factors = getattr(self, field)
+            fine = bool(factors) == (self.kind == "longrope") and all(factor > 0 for factor in factors)
+            check(fine, field, f"got {factors}; positive numbers are needed for longrope, and none otherwise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +80,12 @@ class ExpertsConfig:
     choice_bias: bool = False
     """A number for each expert is added to its score for choosing, not for weighing; training moves it so that all are
     chosen alike (arXiv:2408.15664, DeepSeek-V3)."""
+    groups: int = 1
+    """The experts stand in so many groups of equal size, one after the other, on as many devices for instance."""
+    chosen_groups: int = 1
+    """A token's experts are all of its so many best groups (arXiv:2405.04434, section 2.2.2)."""
+    group_best: int = 1
+    """A group is as good as the sum of its so many best experts: 1 in DeepSeek-V2, 2 in DeepSeek-V3."""
     capacity: float = 0.0
     """An expert takes at most so many times its even share of a row's tokens, the first ones, and the rest is dropped:
     products of equal sizes (arXiv:2101.03961). 0: none is dropped. Sampling never drops."""
@@ -78,6 +98,29 @@ class ExpertsConfig:
         few = self.chosen <= self.count or not self.count
         check(few, "chosen", f"{self.chosen} of {self.count} experts cannot be chosen")
         check(self.scale > 0, "scale", f"got {self.scale}; a positive number is needed")
+        groups, best = self.groups, self.chosen_groups
+        fit = (
+            1 <= best <= groups and self.count % groups == 0 and self.chosen * groups <= best * max(self.count, groups)
+        )
+        fit = fit and 1 <= self.group_best <= max(self.count // groups, 1)
+        said = f"{best} of {groups} groups of {self.count} experts, by {self.group_best} each, hold no {self.chosen}"
+        check(fit or not self.count, "groups", f"{said}: equal groups, of which the best hold enough, are needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention: the keys and values of all heads come from one small vector a token, the latent,
+    and from one key with its position that the heads share; these two alone are cached (arXiv:2405.04434, section 2.1).
+
+    A head's query and key have rope_size numbers that are turned, of the shared key, and head_size - rope_size others.
+    """
+
+    kv_rank: int = 0
+    """R: numbers of a latent; 0: heads have keys and values of their own."""
+    query_rank: int = 0
+    """Size of the queries' latent; 0: they come from the residual stream itself."""
+    value_size: int = 0
+    """Size of a head's value; 0: head_size - rope_size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +150,10 @@ class ModelConfig:
     causal: bool = True
     """A token sees those before it and itself; off: all of its text, in both directions (an encoder, as BERT is)."""
     biases: tuple[Bias, ...] = ()
-    """Which products have a bias: those of queries, keys and values; attention's output; the MLP's; the router's."""
+    """Which products have a bias: those of queries, keys and values (of latents, where these come from latents);
+    attention's output; the MLP's; the router's."""
+    latent: LatentConfig = LatentConfig()
+    """Multi-head latent attention in place of grouped queries."""
     experts: ExpertsConfig = ExpertsConfig()
     """Mixture of experts in place of the MLP."""
     norm: Literal["rms", "layer"] = "rms"
@@ -148,6 +194,8 @@ class ModelConfig:
     """The same for local layers, whose frequencies are not scaled then; 0: as the others."""
     rope_size: int = 0
     """How many of a head's first numbers RoPE turns; 0: all."""
+    rope_interleaved: bool = False
+    """RoPE turns neighbours, numbers 2i and 2i + 1 of a head, and not i and i + half of them."""
     rope_scaling: RopeScaling = RopeScaling()
     """Frequencies for texts longer than those of pretraining."""
     learned_positions: int = 0
@@ -179,6 +227,15 @@ class ModelConfig:
         check(even, "head_size", f"got {self.head_size}; RoPE turns pairs: an even size is needed")
         turned = self.rope_size % 2 == 0 and 0 <= self.rope_size <= (self.head_size or self.rope_size)
         check(turned, "rope_size", f"got {self.rope_size}; an even number up to the head size is needed")
+        check(min(dataclasses.astuple(self.latent)) >= 0, "latent", f"got {self.latent}; 0 or more is needed")
+        if self.latent.kv_rank:
+            part = 0 < self.rope_size < (self.head_size or self.rope_size + 1)
+            check(
+                part, "rope_size", f"got {self.rope_size}; of latent attention's heads a part is turned: not 0, not all"
+            )
+            alone = self.kv_heads in (0, self.heads) and not (self.qk_norm or self.attention_sinks)
+            said = "goes with as many kv_heads as heads, without qk_norm, attention_sinks and learned_positions"
+            check(alone and not self.learned_positions, "latent", said)
         for field in ("rope_base_local", "query_scalar", "learned_positions", "token_types"):
             check(getattr(self, field) >= 0, field, f"got {getattr(self, field)}; a positive number, or 0, is needed")
         plain = not self.attention_sinks or self.attention != "splash"
@@ -206,13 +263,22 @@ class ModelConfig:
         """Fills in what follows from other fields; raises ConfigError for what has to be given."""
         for field in ("vocab_size", "layers", "width", "heads"):
             check(getattr(self, field) > 0, field, "is 0; give it, or a depth to derive it from")
+        c = self.latent
         return dataclasses.replace(
             self,
             kv_heads=self.kv_heads or self.heads,
-            head_size=self.head_size or self.width // self.heads,
+            head_size=(size := self.head_size or self.width // self.heads),
             feed_forward=(wide := self.feed_forward or -(-8 * self.width // (3 * 128)) * 128),
+            latent=dataclasses.replace(c, value_size=c.value_size or size - self.rope_size) if c.kv_rank else c,
             experts=dataclasses.replace(e, feed_forward=e.feed_forward or wide) if (e := self.experts).count else e,
         )
+
+    @property
+    def score_scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        rope = self.rope_scaling
+        sharp = 0.1 * rope.mscale_all_dim * math.log(max(rope.factor, 1.0)) + 1
+        return sharp**2 * (self.query_scalar or self.head_size) ** -0.5
 
     def kind(self, layer: int) -> Attention:
         return self.pattern[layer % len(self.pattern)]

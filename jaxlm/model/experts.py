@@ -19,7 +19,7 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Bool, Float, Float32, Int
 from jaxlm.base.sharding import constrain, fitting_spec
-from jaxlm.model.config import ModelConfig
+from jaxlm.model.config import ExpertsConfig, ModelConfig
 from jaxlm.model.layers import MLP, gated
 from jaxlm.model.weights import Constant, Normal, weight
 
@@ -88,7 +88,7 @@ class Experts(nnx.Module):
         preferred = jax.lax.stop_gradient(scores)
         if c.choice_bias:
             preferred = preferred + jax.lax.stop_gradient(self.choice_bias[...])[None, None, :]
-        choices = jax.lax.top_k(preferred, c.chosen)[1]
+        choices = jax.lax.top_k(_in_best_groups(preferred, c), c.chosen)[1]
         picked = choices[..., None] == jnp.arange(c.count)[None, None, None, :]  # [B, S, k, E]
         weights = jnp.sum(jnp.where(picked, scores[:, :, None, :], 0.0), axis=-1)
         if c.normalize:
@@ -200,6 +200,16 @@ class Experts(nnx.Module):
         out = constrain(out.swapaxes(0, 1).reshape(B, E * C, D), "batch", None, None)
         out = jnp.sum(weights[..., None] * _rows(out, slot).reshape(B, S, k, D), axis=2)
         return out.astype(kind), jnp.sum((chosen < E) & ~kept, dtype=jnp.int32).astype(jnp.float32)
+
+
+def _in_best_groups(scores: Float32[Array, "B S E"], c: ExpertsConfig) -> Float32[Array, "B S E"]:
+    """The scores, and -inf in place of those of experts outside of a token's best groups."""
+    if c.groups == 1:
+        return scores
+    grouped = scores.reshape(*scores.shape[:2], c.groups, -1)
+    best = jax.lax.top_k(jnp.sum(jax.lax.top_k(grouped, c.group_best)[0], axis=-1), c.chosen_groups)[1]
+    kept = jnp.any(best[..., None] == jnp.arange(c.groups)[None, None, None, :], axis=2)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def _permuted(x: Float[Array, "M D"], order: Int[Array, "M"]) -> Float[Array, "M D"]:

@@ -127,14 +127,16 @@ def scaled(base: float, size: int, scaling: RopeScaling) -> Float[Array, "N"]:
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-def rotate(x: Float[Array, "B S H N"], rotation: Rotation) -> Float[Array, "B S H N"]:
+def rotate(x: Float[Array, "B S H N"], rotation: Rotation, interleaved: bool = False) -> Float[Array, "B S H N"]:
     """Turns the pairs (x[i], x[i + N/2]) by their angles, in float32 (the pairing of Llama's checkpoints).
 
+    `interleaved`: the pairs (x[2i], x[2i + 1]), which come out in the order of the others: scores see no difference.
     With a rotation of fewer than N/2 angles, the pairs are those of the head's first numbers, and the rest stays.
     """
     cos, sin = (part[:, :, None, :] for part in rotation)
     size = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    wide = x[..., :size].astype(jnp.float32)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 

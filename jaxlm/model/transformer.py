@@ -12,7 +12,6 @@ p, p + P, p + 2P, … along a first axis, tail/… the L mod P last ones, and le
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from jaxlm.model import lora
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import AdaptedConfig, ModelConfig
 from jaxlm.model.experts import Experts, Routing
+from jaxlm.model.latent import LatentAttention
 from jaxlm.model.layers import MLP, HeadTransform, Rotations, make_norm, project, rotations
 from jaxlm.model.weights import Constant, Definition, Normal, apply, define, number, weight
 
@@ -39,7 +39,7 @@ class Cache(NamedTuple):
     """Keys and values of all that was read so far; every row writes at the same slot, masks go by position."""
 
     layers: tuple[Layer, ...]
-    """L times keys `[B, K, N, T]` and values `[B, K, T, N]`"""
+    """L times keys `[B, K, N, T]` and values `[B, K, T, N]`, or shared keys and latents (see `Layer`)"""
     segments: Array
     """int32 `[B, T]`: 1 where a token stands, 0 where nothing does (the padding of a prompt, slots to come)"""
     positions: Array
@@ -49,12 +49,15 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """Room for `slots` tokens a row, in the compute type; in float32 on the CPU.
+    """Room for `slots` tokens a row, in the compute type; in float32 on the CPU. Of latent attention, for the latents.
 
     The CPU's batched products take float32 only: of a bf16 cache they would make a float32 copy at every step, which
     takes four times as long as the products themselves.
     """
-    keys, values = (batch, config.kv_heads, config.head_size, slots), (batch, config.kv_heads, slots, config.head_size)
+    K, N, M = config.kv_heads, config.head_size, config.head_size
+    if config.latent.kv_rank:
+        K, N, M = 1, config.rope_size, config.latent.kv_rank
+    keys, values = (batch, K, N, slots), (batch, K, slots, M)
     kind = precision.dtype("float32" if jax.default_backend() == "cpu" else config.compute)
     layers = tuple(Layer(jnp.zeros(keys, kind), jnp.zeros(values, kind)) for _ in range(config.layers))
     nothing = jnp.zeros((batch, slots), jnp.int32)
@@ -82,7 +85,7 @@ class Block(nnx.Module):
             self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
         if config.norm_place != "before":
             self.attention_post_norm, self.mlp_post_norm = make_norm(config), make_norm(config)
-        self.attention = SelfAttention(config, kind)
+        self.attention = (LatentAttention if config.latent.kv_rank else SelfAttention)(config, kind)
         if config.has_experts(layer):
             self.experts = Experts(config)
         else:
@@ -298,29 +301,3 @@ def for_inference(config: ModelConfig) -> tuple[ModelConfig, Definition]:
     experts = dataclasses.replace(config.experts, capacity=0.0)
     config = dataclasses.replace(config, scan_layers=False, remat="none", attention="plain", experts=experts)
     return config, define_model(config, precision.dtype(config.compute))
-
-
-def active_parameters(config: ModelConfig) -> int:
-    """The parameters that a token meets: all but those of experts that it has not chosen."""
-    e, weights = config.experts, [w for _, w in define_model(config)]
-    return sum(math.prod(w.shape) * e.chosen // e.count if "experts" in w.axes else math.prod(w.shape) for w in weights)
-
-
-def flops_per_token(config: ModelConfig, sequence: int) -> float:
-    """Model FLOPs of training on one token: 6 per weight of a matrix product (4 where it is frozen under adapters,
-    whose own are not counted; of experts, the chosen ones), 12 per head-sized score seen.
-
-    The embedding lookup is free; a causal query sees (sequence + 1) / 2 keys on average (arXiv:2204.02311, appendix B,
-    counts all S keys; we count those that are seen), an encoder's all.
-    """
-    D, N = config.width, config.head_size
-    e, sparse = config.experts, sum(config.has_experts(layer) for layer in range(config.layers))
-    weights = config.layers * 2 * D * N * (config.heads + config.kv_heads)
-    weights += (config.layers - sparse) * (2 + config.gated_mlp) * D * config.feed_forward
-    weights += sparse * D * (3 * (e.chosen + e.shared) * e.feed_forward + e.count)
-    weights += D * (len(config.criteria) or config.vocab_size) + (config.head == "transform") * D * D
-    seen = 0.0 if config.causal else float(config.layers * sequence)
-    for layer in range(config.layers if config.causal else 0):
-        reach = min(config.window, sequence) if config.kind(layer).startswith("local") else sequence
-        seen += (reach + 1) / 2 if reach == sequence else reach - reach * (reach - 1) / (2 * sequence)
-    return (4 if isinstance(config, AdaptedConfig) else 6) * weights + 12 * config.heads * N * seen

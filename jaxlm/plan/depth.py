@@ -27,6 +27,11 @@ class Dial:
 def matrix_parameters(model: ModelConfig) -> int:
     """Weights of the matrix products, head included, embedding lookup not: what FLOPs are counted by."""
     attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
+    if (c := model.latent).kv_rank:
+        N, P, M = model.head_size, model.rope_size, c.value_size
+        queries = c.query_rank * (model.width + model.heads * N) if c.query_rank else model.width * model.heads * N
+        keys_and_values = model.width * (c.kv_rank + P) + c.kv_rank * model.heads * (N - P + M)
+        attention = queries + keys_and_values + model.heads * M * model.width
     return model.layers * (attention + 3 * model.width * model.feed_forward) + model.width * model.vocab_size
 
 

@@ -34,9 +34,9 @@ from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.finish import stopped_early, write_model
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import flops_per_token
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
+from jaxlm.plan.flops import flops_per_token
 from jaxlm.preference import records
 from jaxlm.preference.batches import PreferenceBatches, placed, preference_batches
 from jaxlm.preference.config import PreferenceConfig

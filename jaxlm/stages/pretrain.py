@@ -28,10 +28,11 @@ from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
 from jaxlm.hub.finish import stopped_early, summary_of, write_model
 from jaxlm.hub.opened import hash_of, open_model
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import active_parameters, define_model, flops_per_token
+from jaxlm.model.transformer import define_model
 from jaxlm.objectives import rows as objectives
 from jaxlm.plan.depth import derive
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
+from jaxlm.plan.flops import active_parameters, flops_per_token
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.routing import balance
 from jaxlm.stages.config import PretrainConfig

@@ -28,9 +28,10 @@ from jaxlm.feedback.records import RankingRecord
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.finish import stopped_early, write_model
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import define_model, flops_per_token
+from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
+from jaxlm.plan.flops import flops_per_token
 from jaxlm.preference import records
 from jaxlm.preference.heldout import RankingHeldout
 from jaxlm.preference.ranked import PAIR_ARRAYS, ranking_batches

@@ -36,8 +36,8 @@ from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.finish import stopped_early, summary_of, write_model
 from jaxlm.hub.opened import hash_of, open_model
 from jaxlm.model.attention import chosen
-from jaxlm.model.transformer import flops_per_token
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
+from jaxlm.plan.flops import flops_per_token
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.routing import balance
 from jaxlm.stages.config import SFTConfig

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxlm.base.sharding import make_mesh
 from jaxlm.hub import families, hugging_face
 from jaxlm.hub.fields import alike, repeating
 from jaxlm.model import layout
-from jaxlm.model.config import ExpertsConfig, ModelConfig
+from jaxlm.model.config import ExpertsConfig, LatentConfig, ModelConfig
 from jaxlm.model.transformer import define_model, empty_cache, for_inference
 from jaxlm.model.weights import apply
 
@@ -173,6 +174,8 @@ def test_configs_are_written_as_they_were_read(name):
 def test_families_of_our_own_models():
     """A model of ours goes out as the first family that has such models; one that none has is refused with reasons."""
     base = {"vocab_size": 64, "layers": 2, "width": 16, "heads": 2}
+    latent: dict[str, Any] = {"latent": LatentConfig(kv_rank=8), "rope_size": 4, "rope_interleaved": True}
+    v3: dict[str, Any] = {"count": 4, "shared": 1, "scores": "sigmoid", "choice_bias": True}
     for config, family in (
         (ModelConfig(**base), "llama"),
         (ModelConfig(**base, qk_norm=True, kv_heads=1), "qwen3"),
@@ -181,6 +184,8 @@ def test_families_of_our_own_models():
         (ModelConfig(**base, criteria=("overall",)), "llama"),
         (ModelConfig(**base, experts=ExpertsConfig(count=3)), "mixtral"),
         (ModelConfig(**base, experts=ExpertsConfig(count=3, every=2), qk_norm=True), "qwen3_moe"),
+        (ModelConfig(**base, **latent, experts=ExpertsConfig(count=4, shared=1, normalize=False)), "deepseek_v2"),
+        (ModelConfig(**base, **latent, experts=ExpertsConfig(**v3)), "deepseek_v3"),
     ):
         assert families.find(config.complete())[0].model_type == family
     with pytest.raises(UserError, match="llama models have another .*logit_soft_cap"):
@@ -202,6 +207,10 @@ def config_json(model_type, name, layers, sizes, vocab, **others):
 LLAMA31 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
 LLAMA31 |= {"original_max_position_embeddings": 8192}
 GEMMA3 = {"sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 10000, "rope_theta": 1000000}
+DEEPSEEK = {"attention_bias": False, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+DEEPSEEK |= {"v_head_dim": 128, "moe_layer_freq": 1, "ep_size": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
+DEEPSEEK_YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1}
+DEEPSEEK_YARN |= {"original_max_position_embeddings": 4096}
 # Published models: config.json, and how many parameters they are known to have.
 PUBLISHED = {
     "Llama 2 7B": (
@@ -387,6 +396,56 @@ PUBLISHED = {
         | {"pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_type": "first_token_transform"},
         102_267_648,
     ),
+    "DeepSeek V2 Lite": (
+        config_json(
+            *("deepseek_v2", "DeepseekV2ForCausalLM", 27, (2048, 10944, 16, 16), 102400),
+            **DEEPSEEK | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0},
+            first_k_dense_replace=1,
+            q_lora_rank=None,
+            num_experts_per_tok=6,
+            n_shared_experts=2,
+            n_routed_experts=64,
+            moe_intermediate_size=1408,
+            norm_topk_prob=False,
+            scoring_func="softmax",
+            rope_scaling=DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        ),
+        15_706_484_224,
+    ),
+    "DeepSeek V2": (
+        config_json(
+            *("deepseek_v2", "DeepseekV2ForCausalLM", 60, (5120, 12288, 128, 128), 102400),
+            **DEEPSEEK | {"n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
+            routed_scaling_factor=16.0,
+            first_k_dense_replace=1,
+            q_lora_rank=1536,
+            n_shared_experts=2,
+            n_routed_experts=160,
+            num_experts_per_tok=6,
+            moe_intermediate_size=1536,
+            norm_topk_prob=False,
+            scoring_func="softmax",
+            rope_scaling=DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        ),
+        235_741_434_880,
+    ),
+    "DeepSeek V3": (  # 671,026,404,352 and the 58 x 256 of what moves the choice of experts
+        config_json(
+            *("deepseek_v3", "DeepseekV3ForCausalLM", 61, (7168, 18432, 128, 128), 129280),
+            **DEEPSEEK | {"n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "routed_scaling_factor": 2.5},
+            first_k_dense_replace=3,
+            q_lora_rank=1536,
+            n_shared_experts=1,
+            n_routed_experts=256,
+            num_experts_per_tok=8,
+            moe_intermediate_size=2048,
+            norm_topk_prob=True,
+            scoring_func="sigmoid",
+            num_nextn_predict_layers=1,
+            rope_scaling=DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+        671_026_419_200,
+    ),
     "GPT-2": (
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 1024, "n_embd": 768, "n_head": 12}
         | {"n_layer": 12, "n_positions": 1024, "vocab_size": 50257, "activation_function": "gelu_new"}
@@ -436,6 +495,18 @@ REFUSED = {
     "dense layers in the middle": ("qwen3-moe-dense", {"mlp_only_layers": [1]}, "only the first layers are understood"),
     "experts without a number": ("mixtral", {"num_local_experts": None}, "num_experts is missing"),
     "more choices than experts": ("mixtral", {"num_experts_per_tok": 9}, "9 of 4 experts cannot be chosen"),
+    "another choice of experts": ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not"),
+    "V2's normalized weights": ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob is True; only False"),
+    "V3 without its choice": ("deepseek-v3", {"topk_method": "greedy"}, "topk_method is 'greedy'; only 'noaux_tc'"),
+    "experts in every other layer": ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2; only 1"),
+    "groups too small": ("deepseek-v3", {"topk_group": 1}, "1 of 4 groups of 8 experts, by 2 each, hold no 3"),
+    "latents of no size": ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank is None; 1 or more is needed"),
+    "fewer keys than queries": ("deepseek-v3", {"num_key_value_heads": 2}, "latent: goes with as many kv_heads as"),
+    "pieces of float8": (
+        "deepseek-v3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        "weights in fp8 are not read; load the model",
+    ),
     "another clamp": ("gpt-oss", {"swiglu_limit": 9.0}, "swiglu_limit is 9.0; only 7.0"),
     "a scaling without its factor": ("llama", {"rope_scaling": {"type": "linear"}}, "linear: factor is missing"),
     "a scaling with more": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1}}, "mscale is not"),
@@ -489,3 +560,23 @@ def test_what_is_not_understood_is_refused_by_name(case, tmp_path):
         directory.load_params(for_inference(directory.config)[1])
     assert refused.value.exit_code == 2
     assert str(tmp_path) in str(refused.value)
+
+
+def test_layers_for_further_tokens_are_left_out(tmp_path):
+    """DeepSeek-V3's checkpoints hold some past the last layer, which their config.json counts; others are refused."""
+    for path in (FIXTURES / "deepseek-v3").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    stored = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    stored["model.layers.3.eh_proj.weight"] = np.zeros((16, 32), np.float32)
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    expected = read("deepseek-v3")[3]
+    for layers, fine in ((1, True), (0, False)):
+        values = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": layers}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        directory = hugging_face.read(tmp_path, compute="float32")
+        load = lambda directory=directory: directory.load_params(for_inference(directory.config)[1])
+        if fine:
+            jax.tree.map(np.testing.assert_array_equal, load(), expected)
+        else:
+            with pytest.raises(UserError, match=r"unknown: model.layers.3.eh_proj.weight"):
+                load()

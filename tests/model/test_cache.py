@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model.config import ModelConfig, RopeScaling
+from jaxlm.model.config import LatentConfig, ModelConfig, RopeScaling
 from jaxlm.model.transformer import apply, define_model, empty_cache, for_inference
 from jaxlm.model.weights import initialize
 from jaxlm.sample.decoding import prepare
@@ -51,6 +51,19 @@ VARIANTS = {
         window=4,
         rope_scaling=RopeScaling(kind="llama3", factor=8.0, trained_positions=8),
         biases=("qkv",),
+    ),
+    "latents": ModelConfig(**BASE, head_size=10, rope_size=4, latent=LatentConfig(kv_rank=12)),
+    "latents, of queries too, windows, yarn, values of another size": ModelConfig(
+        **BASE,
+        head_size=10,
+        rope_size=4,
+        rope_interleaved=True,
+        rope_scaling=RopeScaling(kind="yarn", factor=4.0, trained_positions=8, mscale_all_dim=0.7),
+        latent=LatentConfig(kv_rank=12, query_rank=14, value_size=8),
+        biases=("qkv", "output"),
+        pattern=("global", "local_nope"),
+        window=4,
+        attention_soft_cap=3.0,
     ),
 }
 

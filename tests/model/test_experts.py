@@ -14,8 +14,9 @@ from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout
 from jaxlm.model.config import ExpertsConfig, ModelConfig
 from jaxlm.model.experts import Experts
-from jaxlm.model.transformer import active_parameters, define_model, empty_cache, flops_per_token, for_inference
+from jaxlm.model.transformer import define_model, empty_cache, for_inference
 from jaxlm.model.weights import apply, define, initialize
+from jaxlm.plan.flops import active_parameters, flops_per_token
 
 B, S, D, E, K = 4, 6, 16, 4, 2
 BASE = ModelConfig(vocab_size=50, layers=1, width=D, heads=2, feed_forward=24, compute="float32")
@@ -24,6 +25,9 @@ VARIANTS = {
     "before the choice": {"normalize": False, "scale": 1.5, "chosen": 1},
     "sigmoid, shared": {"scores": "sigmoid", "choice_bias": True, "shared": 2, "feed_forward": 12, "scale": 2.5},
     "clamped, biases": {"count": 4},
+    "the best group's": {"groups": 2, "normalize": False, "scale": 16.0},
+    "the best groups' by two each": {"count": 9, "groups": 3, "chosen_groups": 2, "group_best": 2, "chosen": 4}
+    | {"scores": "sigmoid", "choice_bias": True},
 }
 
 
@@ -59,16 +63,23 @@ def reference(config, params, x, real):
     for b, s in np.argwhere(real):
         logits = x[b, s] @ p["router"] + p.get("router_bias", 0)
         scores = 1 / (1 + np.exp(-logits)) if c.scores == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
-        chosen = np.argsort(-(scores + p.get("choice_bias", 0)), kind="stable")[: c.chosen]
+        preferred = scores + p.get("choice_bias", 0)
+        groups = preferred.reshape(c.groups, -1)
+        worth = np.sort(groups, axis=1)[:, -c.group_best :].sum(1)
+        for group in np.argsort(-worth)[c.chosen_groups :]:
+            groups[group] = -np.inf
+        chosen = np.argsort(-preferred, kind="stable")[: c.chosen]
         load[chosen] += 1
         for e in chosen:
-            gate, up = (x[b, s] @ p[name][e] + p.get(f"{name}_bias", np.zeros((E, 1)))[e] for name in ("gate", "up"))
+            gate, up = (
+                x[b, s] @ p[name][e] + p.get(f"{name}_bias", np.zeros((c.count, 1)))[e] for name in ("gate", "up")
+            )
             if config.activation == "clamped":
                 gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
                 inner = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
             else:
                 inner = act(gate) * up
-            y = inner @ p["down"][e] + p.get("down_bias", np.zeros((E, 1)))[e]
+            y = inner @ p["down"][e] + p.get("down_bias", np.zeros((c.count, 1)))[e]
             out[b, s] += c.scale * scores[e] / (scores[chosen].sum() if c.normalize else 1) * y
     if c.shared:
         shared = {name: np.asarray(value, np.float64) for name, value in params["shared"].items()}
@@ -82,7 +93,7 @@ def test_dropless_is_a_dense_computation_over_all_experts(name):
     config, definition, params = made(name)
     x, real = inputs()
     expected, load = reference(config, params, x, real)
-    for capacity in (0.0, float(E)):
+    for capacity in (0.0, float(config.experts.count)):
         config, definition, _ = made(name, capacity=capacity)
         out, routing = run(definition, params, x, real)
         np.testing.assert_allclose(out, expected, atol=2e-5)

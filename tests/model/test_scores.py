@@ -12,8 +12,9 @@ from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError
 from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
-from jaxlm.model.transformer import apply, define_model, flops_per_token, for_inference
+from jaxlm.model.transformer import apply, define_model, for_inference
 from jaxlm.model.weights import initialize
+from jaxlm.plan.flops import flops_per_token
 from jaxlm.train import optimizer
 from jaxlm.train.config import OptimizerConfig
 

@@ -13,9 +13,11 @@ from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout
 from jaxlm.model.attention import Place, plain_attention, splash_attention, visible
-from jaxlm.model.config import ModelConfig
-from jaxlm.model.transformer import apply, define_model, flops_per_token
+from jaxlm.model.config import LatentConfig, ModelConfig
+from jaxlm.model.transformer import apply, define_model
 from jaxlm.model.weights import initialize
+from jaxlm.plan.depth import matrix_parameters
+from jaxlm.plan.flops import flops_per_token
 
 BASE = ModelConfig(vocab_size=50, layers=5, width=32, heads=4, kv_heads=2, feed_forward=48, compute="float32")
 VARIANTS = {
@@ -58,6 +60,14 @@ VARIANTS = {
         window=4,
         rope_base_local=50.0,
         rope_size=4,
+    ),
+    "DeepSeek's parts": dataclasses.replace(
+        BASE,
+        kv_heads=4,
+        head_size=12,
+        rope_size=4,
+        rope_interleaved=True,
+        latent=LatentConfig(kv_rank=16, query_rank=20, value_size=6),
     ),
 }
 variants = pytest.mark.parametrize("config", [c.complete() for c in VARIANTS.values()], ids=list(VARIANTS))
@@ -253,3 +263,10 @@ def test_flops_of_a_model_counted_by_hand():
     assert flops_per_token(both_ways, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * 16 * 5)
     local = dataclasses.replace(config, pattern=("local",), window=4)
     assert flops_per_token(local, 16) == pytest.approx(6 * weights + 12 * 4 * 8 * 5 * (1 + 2 + 3 + 4 * 13) / 16)
+    # Queries through 20 numbers, keys and values through 12, besides 4 of a key for all heads; heads of 10 and 6.
+    latent = LatentConfig(kv_rank=12, query_rank=20, value_size=6)
+    config = dataclasses.replace(config, kv_heads=4, head_size=10, rope_size=4, latent=latent)
+    attention = 32 * 20 + 20 * 4 * 10 + 32 * (12 + 4) + 12 * 4 * (6 + 6) + 4 * 6 * 32
+    weights = 5 * (attention + 3 * 32 * 48) + 32 * 50
+    assert flops_per_token(config, 16) == pytest.approx(6 * weights + 6 * 4 * (10 + 6) * seen * 5)
+    assert matrix_parameters(config) == weights

@@ -14,7 +14,7 @@ from jaxlm.__main__ import make_config
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.sharding import make_mesh
 from jaxlm.config_files import load_config_file
-from jaxlm.model.config import ExpertsConfig, ModelConfig
+from jaxlm.model.config import ExpertsConfig, LatentConfig, ModelConfig
 from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.train.config import ScheduleConfig
@@ -115,3 +115,27 @@ def test_the_step_of_a_mixture_of_experts():
     compiled = compile_step(config, "v5e:4x4", MeshConfig(data=1, fsdp=2, expert=4, tensor=2))
     assert {"all-gather", "reduce-scatter"} <= set(collectives(compiled))
     assert memory(compiled) < 2 * GIB  # seen: 1.12
+
+
+def test_the_step_of_latent_attention():
+    """The splash kernel takes values of another size than keys; DeepSeek's head sizes."""
+    config = dataclasses.replace(
+        PretrainConfig(),
+        model=ModelConfig(
+            vocab_size=4096,
+            layers=4,
+            width=512,
+            heads=4,
+            head_size=192,
+            rope_size=64,
+            latent=LatentConfig(kv_rank=256, query_rank=384, value_size=128),
+        ).complete(),
+        row_length=512,
+        batch_rows=32,
+        steps=10,
+        schedule=ScheduleConfig(peak=1e-3),
+    )
+    compiled = compile_step(config, "v5e:4x4", MeshConfig(data=1, fsdp=8, tensor=2))
+    assert "splash" in compiled.as_text()
+    found = collectives(compiled)
+    assert found.get("all-to-all", 0) == 0, found
