@@ -50,6 +50,8 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "beta_fast":
 LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
 DEEPSEEK_YARN = YARN | {"rope_theta": 500.0, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.5, 3.0, 7.0]}
+HALF = {"short_factor": [1.0, 1.2], "long_factor": [1.1, 5.0]}
 GROUPS = {"n_group": 4, "topk_group": 2}
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 GPT2: dict[str, Any] = {"vocab_size": 71, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
@@ -76,6 +78,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         | {"tie_word_embeddings": False},
         "bfloat16",
     ),
+    "smollm3-biases": (
+        "smollm3",
+        SMALL | ODD | {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
+        "float32",
+    ),
+    "mistral-tied": ("mistral", SMALL | ODD | {"sliding_window": 4, "tie_word_embeddings": True}, "float32"),
     "mistral": ("mistral", SMALL | {"sliding_window": 5}, "bfloat16"),
     "mistral-whole": ("mistral", SMALL | ODD | {"sliding_window": None, "rope_theta": 1e6}, "float32"),
     "qwen2": ("qwen2", SMALL | {"num_key_value_heads": 1, "tie_word_embeddings": True}, "float32"),
@@ -84,6 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SMALL | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "rope_theta": 1e6},
         "bfloat16",
     ),
+    "qwen2-odd": ("qwen2", SMALL | ODD | {"tie_word_embeddings": False}, "float32"),
     "qwen3": ("qwen3", SMALL | ODD, "bfloat16"),
     "qwen3-biases": ("qwen3", SMALL | {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}, "float32"),
     "gemma": ("gemma", SMALL | ODD, "float32"),
@@ -96,6 +105,16 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2-caps": (
         "gemma2",
         SMALL | ODD | {"sliding_window": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+        "float32",
+    ),
+    "gemma2-biases": (
+        "gemma2",
+        SMALL | ODD | {"sliding_window": 5, "attention_bias": True, "tie_word_embeddings": False},
+        "float32",
+    ),
+    "gemma3-biases": (
+        "gemma3_text",
+        SMALL | ODD | {"sliding_window": 5, "attention_bias": True, "tie_word_embeddings": False},
         "float32",
     ),
     "gemma3": (
@@ -117,16 +136,39 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SMALL | {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
         "bfloat16",
     ),
+    "olmo2-odd": ("olmo2", SMALL | ODD, "float32"),
     "phi3": ("phi3", SMALL | {"sliding_window": 5}, "bfloat16"),
     "phi3-partial": (
         "phi3",
         SMALL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
         "float32",
     ),
+    # Rows of 26 tokens take the long factors, rows of 17 the short ones; transformers runs each row by itself here, as
+    # it takes one of them for a whole batch.
+    "phi3-longrope": (
+        "phi3",
+        SMALL
+        | {"hidden_size": 32, "num_key_value_heads": 1, "original_max_position_embeddings": 20}
+        | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0} | FACTORS},
+        "float32",
+    ),
+    "phi3-longrope-partial": (
+        "phi3",
+        SMALL
+        | {"hidden_size": 32, "original_max_position_embeddings": 8, "sliding_window": 7, "num_hidden_layers": 2}
+        | {"rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.3} | HALF}
+        | {"tie_word_embeddings": True},
+        "bfloat16",
+    ),
     "mixtral": ("mixtral", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}, "bfloat16"),
     "mixtral-windows": (
         "mixtral",
         SMALL | ODD | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, "intermediate_size": 7},
+        "float32",
+    ),
+    "mixtral-tied": (
+        "mixtral",
+        SMALL | ODD | {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
         "float32",
     ),
     "qwen3-moe": ("qwen3_moe", SMALL | ODD | QWEN_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2}, "bfloat16"),
@@ -199,6 +241,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
         "float32",
     ),
+    "neox-tied": ("gpt_neox", NEOX | {"rotary_pct": 0.5, "tie_word_embeddings": True}, "float32"),
     "reward-llama": ("llama", SMALL | {"num_labels": 1}, "float32"),
     "reward-qwen3": ("qwen3", SMALL | ODD | {"num_labels": 1}, "bfloat16"),
     "reward-mixtral": (
@@ -246,6 +289,9 @@ def make(name: str) -> None:
 def run(model: Any, rows: list[torch.Tensor], left: bool, reward: bool = False) -> torch.Tensor:
     """float32 logits [rows, S, V] of the rows' tokens, each row's beginning at 0 and zeros behind them."""
     S = max(map(len, rows))
+    if "longrope" in str(model.config.rope_parameters) and len(rows) > 1:
+        alone = [run(model, [row], left)[0] for row in rows]
+        return torch.stack([torch.nn.functional.pad(part, (0, 0, 0, S - len(part))) for part in alone])
     ids, mask = torch.zeros(len(rows), S, dtype=torch.int64), torch.zeros(len(rows), S, dtype=torch.int64)
     for number, row in enumerate(rows):
         place = slice(S - len(row), S) if left else slice(0, len(row))

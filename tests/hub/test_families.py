@@ -74,6 +74,8 @@ def test_cached_logits_are_those_of_transformers(name):
     """The rows written into a cache in two pieces, past windows and trained positions."""
     _, config, definition, params, expected = read(name)
     ids, half = expected["ids"], expected["ids"].shape[1] // 2
+    if config.rope_scaling.kind == "longrope":
+        half = max(half, config.rope_scaling.trained_positions + 1)  # tests/sample: a text that grows past them
 
     @jax.jit
     def run(cache, *part):
@@ -289,6 +291,17 @@ PUBLISHED = {
         ),
         3_821_079_552,
     ),
+    "Phi 3.5 mini": (
+        config_json(
+            *("phi3", "Phi3ForCausalLM", 32, (3072, 8192, 32, 32), 32064),
+            auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+            attention_bias=False,
+            original_max_position_embeddings=4096,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.08, *[64.5] * 47]},
+            sliding_window=262144,
+        ),
+        3_821_079_552,
+    ),
     "Pythia 70M": (
         config_json(
             *("gpt_neox", "GPTNeoXForCausalLM", 6, (512, 2048, 8), 50304),
@@ -440,8 +453,24 @@ REFUSED = {
     "Phi-3's yarn, which is LongRoPE": (
         "phi3",
         {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
-        "RoPE type 'yarn' is not understood in a phi3 model",
+        "RoPE type yarn: short_factor is None; a list of numbers",
     ),
+    "Phi-3 with another scaling": (
+        "phi3",
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        "RoPE type 'linear' is not understood in a phi3 model",
+    ),
+    "LongRoPE of too few factors": (
+        "phi3-longrope",
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+        "longrope needs 4 short_factors and long_factors",
+    ),
+    "LongRoPE of two minds": (
+        "phi3-longrope",
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 21}},
+        "original_max_position_embeddings is 20, but 21 in the scaling",
+    ),
+    "LongRoPE elsewhere": ("llama", {"rope_scaling": {"type": "longrope"}}, "RoPE type 'longrope' is not understood"),
     "MXFP4": ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4 are not read; load the model"),
     "dense layers in the middle": ("qwen3-moe-dense", {"mlp_only_layers": [1]}, "only the first layers are understood"),
     "experts without a number": ("mixtral", {"num_local_experts": None}, "num_experts is missing"),
