@@ -4,13 +4,15 @@
     python tools/make_family_fixtures.py check DIR ...    # loads each as a user would; prints what it found
 
 A fixture is what `save_pretrained` writes, and expected.safetensors: rows of ids of two lengths, and the float32 logits
-of their tokens when padded on the right, and when padded on the left. Rows are longer than the windows and than the
+of their tokens when padded on the right, and when padded on the left. Some have gradients.safetensors too: of the mean
+cross-entropy of the rows' next tokens, under the names of the weights. Rows are longer than the windows and than the
 positions that scaled RoPE was made for. All weights are random, norms and biases too.
 """
 
 import json
 import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -252,6 +254,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "reward-gpt2": ("gpt2", GPT2 | {"num_labels": 1}, "float32"),
 }
 SHARDED = ("qwen2-windows",)
+# All of them in float32: a stored weight is the one that the gradient was taken at.
+GRADIENTS = ("llama", "gemma2-caps", "qwen3-moe-dense", "deepseek-v2")
 
 
 def make(name: str) -> None:
@@ -284,6 +288,21 @@ def make(name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="12KB" if name in SHARDED else "5GB")
     safetensors.torch.save_file(expected, folder / "expected.safetensors")
+    if name in GRADIENTS:
+        save_gradients(model, rows, folder)
+
+
+def save_gradients(model: Any, rows: list[torch.Tensor], folder: Path) -> None:
+    """In place of the weights, so that they are saved under the weights' names: this is the end of the model."""
+    logits = [model(input_ids=row[None]).logits[0] for row in rows]
+    told, next_ids = torch.cat([part[:-1] for part in logits]), torch.cat([row[1:] for row in rows])
+    torch.nn.functional.cross_entropy(told, next_ids).backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary)
+        shutil.copy(Path(temporary) / "model.safetensors", folder / "gradients.safetensors")
 
 
 def run(model: Any, rows: list[torch.Tensor], left: bool, reward: bool = False) -> torch.Tensor:

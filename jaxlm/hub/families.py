@@ -4,12 +4,12 @@ What a class computes and what its fields default to is read off transformers 5.
 modeling_*.py. A key of config.json that is neither in its family's table nor among those of `INERT`, which change
 nothing of what the model computes, is refused. `find` says which family can say a config of ours.
 
-LongRoPE (Phi-3's long models): a text of up to the trained positions is turned by the short factors, a longer one by the
-long factors from its first token on, hidden states and all. transformers decides so by the longest row of a batch; here
-each text decides for itself, each document of a packed row too, so that company changes nothing: both agree on texts
-that are run alone. Like transformers' `generate`, the sampler reads a text anew when it passes the trained positions;
-a cache that is written past them without that gives NaN. Scored as a whole, such a text's first tokens have other
-probabilities than they had when they were drawn.
+LongRoPE (Phi-3's long models): a text of up to the trained positions is turned by the short factors, a longer one by
+the long factors from its first token on. transformers decides so by the longest row of a batch; here each text decides
+for itself, each document of a packed row too, so that company changes nothing: both agree on texts that are run alone.
+Like transformers' `generate`, the sampler reads a text anew when it passes the trained positions; a cache that is
+written past them without that gives NaN. Scored as a whole, such a text's first tokens have other probabilities than
+they had when they were drawn.
 """
 
 import dataclasses

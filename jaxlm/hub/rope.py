@@ -133,12 +133,13 @@ def _read_phi3_rope(reader: Reader, made: Made) -> dict[str, Any]:
     for name, found in numbers.items():
         if not _is_number(found):
             raise UserError(f"{reader.where}: the RoPE type {kind}: {name} is {found!r}, which is no number")
+    sets: dict[str, Any] = {name: tuple(map(float, found or ())) for name, found in factors.items()}
     scaling = RopeScaling(
         kind="longrope",
         factor=float(numbers["factor"]),
         trained_positions=trained,
         attention_factor=float(numbers["attention"]),
-        **{name: tuple(map(float, found or ())) for name, found in factors.items()},
+        **sets,
     )
     size = int(head * share) if share not in (None, 1.0) else 0
     return {"rope_base": float(base), "rope_size": size, "rope_scaling": scaling}

@@ -164,6 +164,7 @@ def _read_again(model: Transformer, state: State, positions: Int32[Array, "B 1"]
     nothing = jnp.zeros_like(segments)
     empty = old._replace(segments=nothing, positions=nothing, slot=jnp.int32(0))
     hidden, cache = model(jnp.concatenate([state.prompts, state.tokens], axis=1), segments, places, empty)
+    assert cache is not None
     return jax.lax.dynamic_slice_in_dim(hidden, old.slot, 1, axis=1), cache._replace(slot=old.slot + 1)
 
 

@@ -105,6 +105,35 @@ def test_rewards_are_those_of_transformers(name):
     np.testing.assert_allclose(got, expected["rewards"], atol=TOLERANCE, rtol=0)
 
 
+GRADIENTS = sorted(path.parent.name for path in FIXTURES.glob("*/gradients.safetensors"))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_torch(name, tmp_path):
+    """Of the mean cross-entropy of the rows' next tokens, by weight and layer, through stacked layers."""
+    directory, expected = hugging_face.read(FIXTURES / name, compute="float32"), read(name)[-1]
+    definition = define_model(directory.config)
+    (ids, segments, places), targets = map(jnp.asarray, padded_right(expected)), np.roll(expected["ids"], -1, axis=1)
+    counted = places < expected["lengths"][:, None] - 1
+
+    def loss(params):
+        logits = apply(definition, params, lambda m: m.logits(m(ids, segments, places)[0]))
+        each = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(counted, each, 0)) / float(np.sum(expected["lengths"] - 1))
+
+    found = jax.jit(jax.grad(loss))(directory.load_params(definition))
+    (tmp_path / "config.json").write_bytes((FIXTURES / name / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((FIXTURES / name / "gradients.safetensors").read_bytes())
+    torchs = hugging_face.read(tmp_path, compute="float32").load_params(definition)
+    unrolled = (layout.unroll(tree, directory.config) for tree in (found, torchs))
+    (ours, _), (theirs, _) = (jax.tree_util.tree_flatten_with_path(tree) for tree in unrolled)
+    assert len(ours) == len(theirs) > 20
+    for (path, mine), (_, other) in zip(ours, theirs, strict=True):  # the worst seen is 1.9e-6
+        apart, size = np.linalg.norm(mine - other), np.linalg.norm(other)
+        assert size > 0, path
+        assert apart < 1e-3 * size, (path, apart, size)
+
+
 PARTS = (("attention", "query"),)
 
 
