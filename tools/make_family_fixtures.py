@@ -5,13 +5,15 @@
 
 A fixture is what `save_pretrained` writes, and expected.safetensors: rows of ids of two lengths, and the float32 logits
 of their tokens when padded on the right, and when padded on the left (of a bare encoder: hidden states, and what its
-pooler makes of them). Rows are longer than the windows and than the positions that scaled RoPE was made for. All
+pooler makes of them). Some have gradients.safetensors too: of the mean cross-entropy of the rows' next tokens, under
+the names of the weights. Rows are longer than the windows and than the positions that scaled RoPE was made for. All
 weights are random, norms and biases too.
 """
 
 import json
 import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "beta_fast":
 LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
 LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 10}
 DEEPSEEK_YARN = YARN | {"rope_theta": 500.0, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.5, 3.0, 7.0]}
+HALF = {"short_factor": [1.0, 1.2], "long_factor": [1.1, 5.0]}
 GROUPS = {"n_group": 4, "topk_group": 2}
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 GPT2: dict[str, Any] = {"vocab_size": 71, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
@@ -80,6 +84,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         | {"tie_word_embeddings": False},
         "bfloat16",
     ),
+    "smollm3-biases": (
+        "smollm3",
+        SMALL | ODD | {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
+        "float32",
+    ),
+    "mistral-tied": ("mistral", SMALL | ODD | {"sliding_window": 4, "tie_word_embeddings": True}, "float32"),
     "mistral": ("mistral", SMALL | {"sliding_window": 5}, "bfloat16"),
     "mistral-whole": ("mistral", SMALL | ODD | {"sliding_window": None, "rope_theta": 1e6}, "float32"),
     "qwen2": ("qwen2", SMALL | {"num_key_value_heads": 1, "tie_word_embeddings": True}, "float32"),
@@ -88,6 +98,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SMALL | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "rope_theta": 1e6},
         "bfloat16",
     ),
+    "qwen2-odd": ("qwen2", SMALL | ODD | {"tie_word_embeddings": False}, "float32"),
     "qwen3": ("qwen3", SMALL | ODD, "bfloat16"),
     "qwen3-biases": ("qwen3", SMALL | {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}, "float32"),
     "gemma": ("gemma", SMALL | ODD, "float32"),
@@ -100,6 +111,16 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2-caps": (
         "gemma2",
         SMALL | ODD | {"sliding_window": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+        "float32",
+    ),
+    "gemma2-biases": (
+        "gemma2",
+        SMALL | ODD | {"sliding_window": 5, "attention_bias": True, "tie_word_embeddings": False},
+        "float32",
+    ),
+    "gemma3-biases": (
+        "gemma3_text",
+        SMALL | ODD | {"sliding_window": 5, "attention_bias": True, "tie_word_embeddings": False},
         "float32",
     ),
     "gemma3": (
@@ -121,16 +142,39 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         SMALL | {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
         "bfloat16",
     ),
+    "olmo2-odd": ("olmo2", SMALL | ODD, "float32"),
     "phi3": ("phi3", SMALL | {"sliding_window": 5}, "bfloat16"),
     "phi3-partial": (
         "phi3",
         SMALL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.5, "tie_word_embeddings": True},
         "float32",
     ),
+    # Rows of 26 tokens take the long factors, rows of 17 the short ones; transformers runs each row by itself here, as
+    # it takes one of them for a whole batch.
+    "phi3-longrope": (
+        "phi3",
+        SMALL
+        | {"hidden_size": 32, "num_key_value_heads": 1, "original_max_position_embeddings": 20}
+        | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 500.0} | FACTORS},
+        "float32",
+    ),
+    "phi3-longrope-partial": (
+        "phi3",
+        SMALL
+        | {"hidden_size": 32, "original_max_position_embeddings": 8, "sliding_window": 7, "num_hidden_layers": 2}
+        | {"rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.3} | HALF}
+        | {"tie_word_embeddings": True},
+        "bfloat16",
+    ),
     "mixtral": ("mixtral", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}, "bfloat16"),
     "mixtral-windows": (
         "mixtral",
         SMALL | ODD | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, "intermediate_size": 7},
+        "float32",
+    ),
+    "mixtral-tied": (
+        "mixtral",
+        SMALL | ODD | {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
         "float32",
     ),
     "qwen3-moe": ("qwen3_moe", SMALL | ODD | QWEN_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2}, "bfloat16"),
@@ -212,6 +256,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "bfloat16",
     ),
     "bare-bert": ("bert", BERT | {"hidden_size": 12, "num_attention_heads": 4, "type_vocab_size": 1}, "float32"),
+    "neox-tied": ("gpt_neox", NEOX | {"rotary_pct": 0.5, "tie_word_embeddings": True}, "float32"),
     "reward-llama": ("llama", SMALL | {"num_labels": 1}, "float32"),
     "reward-qwen3": ("qwen3", SMALL | ODD | {"num_labels": 1}, "bfloat16"),
     "reward-mixtral": (
@@ -222,6 +267,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "reward-gpt2": ("gpt2", GPT2 | {"num_labels": 1}, "float32"),
 }
 SHARDED = ("qwen2-windows",)
+# All of them in float32: a stored weight is the one that the gradient was taken at.
+GRADIENTS = ("llama", "gemma2-caps", "qwen3-moe-dense", "deepseek-v2")
 
 
 def make(name: str) -> None:
@@ -257,6 +304,21 @@ def make(name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="12KB" if name in SHARDED else "5GB")
     safetensors.torch.save_file(expected, folder / "expected.safetensors")
+    if name in GRADIENTS:
+        save_gradients(model, rows, folder)
+
+
+def save_gradients(model: Any, rows: list[torch.Tensor], folder: Path) -> None:
+    """In place of the weights, so that they are saved under the weights' names: this is the end of the model."""
+    logits = [model(input_ids=row[None]).logits[0] for row in rows]
+    told, next_ids = torch.cat([part[:-1] for part in logits]), torch.cat([row[1:] for row in rows])
+    torch.nn.functional.cross_entropy(told, next_ids).backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary)
+        shutil.copy(Path(temporary) / "model.safetensors", folder / "gradients.safetensors")
 
 
 def kind_of(model_type: str, reward: bool, bare: bool) -> Any:
@@ -280,6 +342,9 @@ def run_bare(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def run(model: Any, rows: list[torch.Tensor], left: bool, reward: bool = False) -> torch.Tensor:
     """float32 logits [rows, S, V] of the rows' tokens, each row's beginning at 0 and zeros behind them."""
     S = max(map(len, rows))
+    if "longrope" in str(model.config.rope_parameters) and len(rows) > 1:
+        alone = [run(model, [row], left)[0] for row in rows]
+        return torch.stack([torch.nn.functional.pad(part, (0, 0, 0, S - len(part))) for part in alone])
     ids, mask = torch.zeros(len(rows), S, dtype=torch.int64), torch.zeros(len(rows), S, dtype=torch.int64)
     for number, row in enumerate(rows):
         place = slice(S - len(row), S) if left else slice(0, len(row))

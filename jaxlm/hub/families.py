@@ -3,6 +3,13 @@
 What a class computes and what its fields default to is read off transformers 5.23, models/*/configuration_*.py and
 modeling_*.py. A key of config.json that is neither in its family's table nor among those of `INERT`, which change
 nothing of what the model computes, is refused. `find` says which family can say a config of ours.
+
+LongRoPE (Phi-3's long models): a text of up to the trained positions is turned by the short factors, a longer one by
+the long factors from its first token on. transformers decides so by the longest row of a batch; here each text decides
+for itself, each document of a packed row too, so that company changes nothing: both agree on texts that are run alone.
+Like transformers' `generate`, the sampler reads a text anew when it passes the trained positions; a cache that is
+written past them without that gives NaN. Scored as a whole, such a text's first tokens have other probabilities than
+they had when they were drawn.
 """
 
 import dataclasses
@@ -243,7 +250,7 @@ FAMILIES = (
         name="Phi3",
         rules=PHI3,
         parts=(SHAPE, SILU, phi3_rope, windowed),
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
         only={"attention_bias": False},
     ),
     Family(

@@ -93,16 +93,78 @@ def rope(theta: str = "rope_theta", share: str = "") -> Part:
     return Part(read, write)
 
 
+# Its class takes "su" and "yarn" for names of LongRoPE, and knows no other scaling.
+LONGROPE = ("longrope", "su", "yarn")
+FACTORS = {"short_factors": "short_factor", "long_factors": "long_factor"}
+PHI3_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "attention_factor")
+TRAINED = "original_max_position_embeddings"
+PHI3_ROPE += ("short_factor", "long_factor", TRAINED)
+
+
 def _read_phi3_rope(reader: Reader, made: Made) -> dict[str, Any]:
-    for values in (reader.take("rope_scaling", dict), reader.take("rope_parameters", dict)):
-        # Its class takes "su" and "yarn" for names of LongRoPE, and knows no other.
-        if (kind := (values or {}).get("rope_type", (values or {}).get("type", "default"))) != "default":
-            raise UserError(f"{reader.where}: the RoPE type {kind!r} is not understood in a phi3 model; default is")
-    return partial_rope.read(reader, made)
+    """Its class takes the trained positions from beside the scaling, 4096 where they stand nowhere."""
+    old, new = reader.take("rope_scaling", dict), reader.take("rope_parameters", dict)
+    values = old or new or {}
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ("default", *LONGROPE):
+        raise UserError(
+            f"{reader.where}: the RoPE type {kind!r} is not understood in a phi3 model; default and longrope are"
+        )
+    if kind == "default":
+        return partial_rope.read(reader, made)
+    if unknown := values.keys() - set(PHI3_ROPE):
+        raise UserError(f"{reader.where}: the RoPE type {kind}: {min(unknown)} is not understood")
+    base, share = reader.take("rope_theta", (int, float)), reader.take("partial_rotary_factor", (int, float))
+    base, share = values.get("rope_theta", base), values.get("partial_rotary_factor", share)
+    longest, trained = (reader.take(key, int) for key in ("max_position_embeddings", TRAINED))
+    if (said := values.get(TRAINED)) not in (None, trained):
+        raise UserError(f"{reader.where}: {TRAINED} is {trained}, but {said} in the scaling")
+    head = made["head_size"] or made["width"] // made["heads"]
+    factors = {ours: values.get(theirs) for ours, theirs in FACTORS.items()}
+    for name, found in factors.items():
+        if not isinstance(found, list) or not all(_is_number(factor) for factor in found):
+            raise UserError(
+                f"{reader.where}: the RoPE type {kind}: {FACTORS[name]} is {found!r}; a list of numbers is needed"
+            )
+    numbers = {
+        "factor": values.get("factor") or longest / max(trained, 1),
+        "attention": values.get("attention_factor") or 0,
+    }
+    for name, found in numbers.items():
+        if not _is_number(found):
+            raise UserError(f"{reader.where}: the RoPE type {kind}: {name} is {found!r}, which is no number")
+    sets: dict[str, Any] = {name: tuple(map(float, found or ())) for name, found in factors.items()}
+    scaling = RopeScaling(
+        kind="longrope",
+        factor=float(numbers["factor"]),
+        trained_positions=trained,
+        attention_factor=float(numbers["attention"]),
+        **sets,
+    )
+    size = int(head * share) if share not in (None, 1.0) else 0
+    return {"rope_base": float(base), "rope_size": size, "rope_scaling": scaling}
+
+
+def _write_phi3_rope(config: ModelConfig) -> dict[str, Any]:
+    values, scaling = partial_rope.write(config), config.rope_scaling
+    if scaling.kind != "longrope":
+        return values
+    written = {
+        "rope_type": "longrope",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.trained_positions,
+    }
+    written |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+    written |= {"attention_factor": scaling.attention_factor} if scaling.attention_factor else {}
+    return values | {"rope_scaling": written, "original_max_position_embeddings": scaling.trained_positions}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 partial_rope = rope(share="partial_rotary_factor")
-phi3_rope = partial_rope._replace(read=_read_phi3_rope)
+phi3_rope = Part(_read_phi3_rope, _write_phi3_rope)
 neox_rope = rope("rotary_emb_base", "rotary_pct")
 
 

@@ -54,6 +54,15 @@ class RopeScaling:
             fine = bool(factors) == (self.kind == "longrope") and all(factor > 0 for factor in factors)
             check(fine, field, f"got {factors}; positive numbers are needed for longrope, and none otherwise")
 
+    @property
+    def sharp(self) -> float:
+        """What turned queries and keys are multiplied by."""
+        if self.kind not in ("yarn", "longrope"):
+            return 1.0
+        log = math.log(max(self.factor, 1.0))
+        derived = 0.1 * log + 1 if self.kind == "yarn" else (1 + log / math.log(max(self.trained_positions, 2))) ** 0.5
+        return self.attention_factor or derived
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
@@ -263,7 +272,10 @@ class ModelConfig:
         """Fills in what follows from other fields; raises ConfigError for what has to be given."""
         for field in ("vocab_size", "layers", "width", "heads"):
             check(getattr(self, field) > 0, field, "is 0; give it, or a depth to derive it from")
-        c = self.latent
+        c, rope = self.latent, self.rope_scaling
+        pairs = (self.rope_size or self.head_size or self.width // self.heads) // 2
+        fit = rope.kind != "longrope" or len(rope.short_factors) == len(rope.long_factors) == pairs
+        check(fit, "rope_scaling", f"longrope needs {pairs} short_factors and long_factors, one for each pair")
         return dataclasses.replace(
             self,
             kv_heads=self.kv_heads or self.heads,

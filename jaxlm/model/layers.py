@@ -80,27 +80,44 @@ Rotations = dict[str, Rotation | None]
 """Kind of attention → its rotation; None: it turns nothing."""
 
 
-def rotations(config: ModelConfig, positions: Int[Array, "B S"], limit: int) -> Rotations:
-    """The rotation of each kind of layer at these positions, all below `limit`."""
+def rotations(
+    config: ModelConfig, positions: Int[Array, "B S"], limit: int, lengths: Int[Array, "B S"] | None = None
+) -> Rotations:
+    """The rotation of each kind of layer at these positions, all below `limit`; longrope asks for the length of each
+    token's text."""
     still: Rotations = {"global": None, "local": None, "global_nope": None, "local_nope": None}
     if config.learned_positions:
         return still
     size = config.rope_size or config.head_size
-    turned = rotary(positions, limit, size, config.rope_base, config.rope_scaling)
+    turned = rotary(positions, limit, size, config.rope_base, config.rope_scaling, lengths)
     local = rotary(positions, limit, size, config.rope_base_local, RopeScaling()) if config.rope_base_local else turned
     return still | {"global": turned, "local": local}
 
 
-def rotary(positions: Int[Array, "B S"], limit: int, size: int, base: float, scaling: RopeScaling) -> Rotation:
+def rotary(
+    positions: Int[Array, "B S"],
+    limit: int,
+    size: int,
+    base: float,
+    scaling: RopeScaling,
+    lengths: Int[Array, "B S"] | None = None,
+) -> Rotation:
     """The rotary embedding's angles, position * base^(-2i/N), of positions below `limit`; arXiv:2104.09864.
 
     Looked up in a table of all positions: computed in place, XLA's CPU path would fuse the sines into every layer's
     rotation and take them anew for every head, a tenth of a training step.
     """
-    frequencies = scaled(base, size, scaling)
-    angles = jnp.arange(limit, dtype=jnp.float32)[:, None] * frequencies[None, :]
-    sharp = (scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1) if scaling.kind == "yarn" else 1.0
-    return Rotation(sharp * jnp.cos(angles)[positions], sharp * jnp.sin(angles)[positions])
+
+    def turned(frequencies: Array) -> Rotation:
+        angles = jnp.arange(limit, dtype=jnp.float32)[:, None] * frequencies[None, :]
+        return Rotation(scaling.sharp * jnp.cos(angles)[positions], scaling.sharp * jnp.sin(angles)[positions])
+
+    if scaling.kind != "longrope":
+        return turned(scaled(base, size, scaling))
+    assert lengths is not None
+    plain, far = scaled(base, size, RopeScaling()), lengths[:, :, None] > scaling.trained_positions
+    short, long = (turned(plain / jnp.array(factors)) for factors in (scaling.short_factors, scaling.long_factors))
+    return Rotation(*(jnp.where(far, *pair) for pair in zip(long, short, strict=True)))
 
 
 def scaled(base: float, size: int, scaling: RopeScaling) -> Float[Array, "N"]:

@@ -75,6 +75,16 @@ def widened(cache: Cache, room: int) -> Cache:
     )
 
 
+def text_lengths(place: Place) -> Int[Array, "B S"]:
+    """How many tokens each query's text has so far, by the positions of its keys; 0 where there are none."""
+
+    def row(queries: Array, keys: Array, positions: Array) -> Array:
+        ends = jax.ops.segment_max(jnp.where(keys > 0, positions + 1, 0), keys, keys.shape[0] + 1)
+        return jnp.maximum(ends, 0)[queries]
+
+    return jax.vmap(row)(place.query_segments, place.key_segments, place.key_positions)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); `config.norm_place` and `config.parallel_mlp` have other forms."""
 
@@ -176,7 +186,9 @@ class Transformer(nnx.Module):
         """Hidden states after the final norm, in the compute type; and the cache with these tokens in it.
 
         `segments` are 0 at padding; a token sees its own segment, in a causal model up to itself. With a cache, S
-        new tokens are written at its slot and see what it holds.
+        new tokens are written at its slot and see what it holds. With longrope, a row whose text was begun in the
+        cache at no more than the trained positions and goes past them becomes NaN: it has to be read anew from its
+        first token.
         """
         if cache is None:
             return self.routed(ids, segments, positions)[0], None
@@ -185,12 +197,12 @@ class Transformer(nnx.Module):
             raise ValueError("an encoder has no cache: tokens to come would change what it holds")
         if c.scan_layers:
             raise ValueError("a cache needs unrolled layers (see model/layout.py): a scan would copy it every step")
-        x, turns = self._start(ids, segments, positions, cache.segments.shape[1])
         cache = cache._replace(
             segments=jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.slot, 1),
             positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.slot, 1),
         )
         place = Place(segments, positions, cache.segments, cache.positions, cache.slot)
+        x, turns = self._start(ids, place, cache.segments.shape[1])
         layers = []
         for index in range(c.layers):
             x, layer, _ = self.layers[str(index)](x, turns, place, cache.layers[index])
@@ -202,13 +214,14 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Routing | None]:
         """The hidden states, and what the routers of the layers with experts did, in the layers' order."""
         # No position lies past the row's end: it is the index within a segment.
-        x, turns = self._start(ids, segments, positions, ids.shape[1])
-        x, routing = self._run(x, turns, Place(segments, positions, segments, positions))
+        place = Place(segments, positions, segments, positions)
+        x, turns = self._start(ids, place, ids.shape[1])
+        x, routing = self._run(x, turns, place)
         return self._end(x), routing
 
-    def _start(self, ids: Array, segments: Array, positions: Array, limit: int) -> tuple[Array, Rotations]:
+    def _start(self, ids: Array, place: Place, limit: int) -> tuple[Array, Rotations]:
         """The embedded tokens, and the rotations at their positions, all below `limit`."""
-        c = self.config
+        c, segments, positions = self.config, place.query_segments, place.query_positions
         x = self.embed(ids)
         if c.learned_positions:
             # Past the table there is nothing to add: NaN says so, where the last row in its place would not.
@@ -218,7 +231,15 @@ class Transformer(nnx.Module):
             x = x + self.types[...][:1][None].astype(x.dtype)
         if c.norm_place == "sum":
             x = self.embedding_norm(x)
-        return x, rotations(c, positions, limit)
+        if c.rope_scaling.kind != "longrope":
+            return x, rotations(c, positions, limit)
+        lengths, trained = text_lengths(place), c.rope_scaling.trained_positions
+        if place.slot is not None:
+            # What the cache holds of a text was read with the short factors' rotations, while it was short.
+            past = jnp.where(jnp.arange(limit)[None, :] < place.slot, place.key_segments, 0)
+            before = text_lengths(place._replace(key_segments=past))
+            x = jnp.where(((before > 0) & (before <= trained) & (lengths > trained))[:, :, None], jnp.nan, x)
+        return x, rotations(c, positions, limit, lengths)
 
     def _end(self, x: Array) -> Array:
         return x if self.config.norm_place == "sum" else self.final_norm(x)

@@ -19,7 +19,7 @@ from jaxlm.base.sharding import constrain, spec
 from jaxlm.model import layout
 from jaxlm.model.attention import Layer
 from jaxlm.model.config import ModelConfig
-from jaxlm.model.transformer import Cache, empty_cache, for_inference, widened
+from jaxlm.model.transformer import Cache, Transformer, empty_cache, for_inference, widened
 from jaxlm.model.weights import Definition, Params, apply
 from jaxlm.sample.distribution import Settings, draw, process
 
@@ -47,6 +47,8 @@ class State(NamedTuple):
     """All that the loop carries: T = P + M slots, the prompts' and then one for each new token."""
 
     cache: Cache
+    prompts: Array
+    """int32 `[B, P]`"""
     lengths: Array
     """int32 `[B]`: tokens of the prompt"""
     keys: Array
@@ -105,6 +107,7 @@ def start(
         )
     state = State(
         cache=widened(cache, room),
+        prompts=jnp.asarray(prompts.ids),
         lengths=jnp.asarray(prompts.lengths),
         keys=jax.vmap(name)(prompts.prompt_ids, prompts.samples),
         seen=seen,
@@ -137,13 +140,32 @@ def advance(
         positions = (state.lengths + state.drawn - 1)[:, None]
 
         def forward(model):
-            hidden, cache = model(latest, jnp.ones((B, 1), jnp.int32), positions, state.cache)
+            rope = model.config.rope_scaling
+            read = lambda: model(latest, jnp.ones((B, 1), jnp.int32), positions, state.cache)
+            again = lambda: _read_again(model, state, positions)
+            if rope.kind == "longrope" and rope.trained_positions < state.cache.segments.shape[1]:
+                hidden, cache = jax.lax.cond(jnp.any(positions == rope.trained_positions), again, read)
+            else:
+                hidden, cache = read()
             return model.logits(hidden[:, 0]), cache
 
         logits, cache = apply(definition, params, forward)
         return _draw(state._replace(cache=cache), logits, stops, settings)
 
     return _pin(jax.lax.while_loop(unfinished, token, state))
+
+
+def _read_again(model: Transformer, state: State, positions: Int32[Array, "B 1"]) -> tuple[Array, Cache | None]:
+    """The hidden states of the latest tokens, and a cache of all of the texts read from their beginning, in one pass:
+    LongRoPE turns a text that grew longer than the trained positions by other angles from its first token on."""
+    old, B = state.cache, positions.shape[0]
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=old.slot, axis=1)
+    segments, places = put(old.segments, jnp.ones((B, 1), jnp.int32)), put(old.positions, positions)
+    nothing = jnp.zeros_like(segments)
+    empty = old._replace(segments=nothing, positions=nothing, slot=jnp.int32(0))
+    hidden, cache = model(jnp.concatenate([state.prompts, state.tokens], axis=1), segments, places, empty)
+    assert cache is not None
+    return jax.lax.dynamic_slice_in_dim(hidden, old.slot, 1, axis=1), cache._replace(slot=old.slot + 1)
 
 
 def _draw(state: State, logits: Float32[Array, "B V"], stops: Int32[Array, "N"], settings: Settings) -> State:
@@ -179,6 +201,7 @@ def _pin(state: State) -> State:
             rows(state.cache.positions),
             whole(state.cache.slot),
         ),
+        prompts=rows(state.prompts),
         lengths=rows(state.lengths),
         keys=whole(state.keys),
         seen=None if state.seen is None else rows(state.seen),

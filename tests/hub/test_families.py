@@ -76,6 +76,8 @@ def test_cached_logits_are_those_of_transformers(name):
     """The rows written into a cache in two pieces, past windows and trained positions."""
     _, config, definition, params, expected = read(name)
     ids, half = expected["ids"], expected["ids"].shape[1] // 2
+    if config.rope_scaling.kind == "longrope":
+        half = max(half, config.rope_scaling.trained_positions + 1)  # tests/sample: a text that grows past them
 
     @jax.jit
     def run(cache, *part):
@@ -136,6 +138,35 @@ def test_an_encoder_has_no_cache():
     cache = empty_cache(config, *expected["ids"].shape)
     with pytest.raises(ValueError, match="an encoder has no cache"):
         jax.jit(lambda *x: apply(definition, params, lambda m: m(*x, cache)))(*padded_right(expected))
+
+
+GRADIENTS = sorted(path.parent.name for path in FIXTURES.glob("*/gradients.safetensors"))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_torch(name, tmp_path):
+    """Of the mean cross-entropy of the rows' next tokens, by weight and layer, through stacked layers."""
+    directory, expected = hugging_face.read(FIXTURES / name, compute="float32"), read(name)[-1]
+    definition = define_model(directory.config)
+    (ids, segments, places), targets = map(jnp.asarray, padded_right(expected)), np.roll(expected["ids"], -1, axis=1)
+    counted = places < expected["lengths"][:, None] - 1
+
+    def loss(params):
+        logits = apply(definition, params, lambda m: m.logits(m(ids, segments, places)[0]))
+        each = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(counted, each, 0)) / float(np.sum(expected["lengths"] - 1))
+
+    found = jax.jit(jax.grad(loss))(directory.load_params(definition))
+    (tmp_path / "config.json").write_bytes((FIXTURES / name / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((FIXTURES / name / "gradients.safetensors").read_bytes())
+    torchs = hugging_face.read(tmp_path, compute="float32").load_params(definition)
+    unrolled = (layout.unroll(tree, directory.config) for tree in (found, torchs))
+    (ours, _), (theirs, _) = (jax.tree_util.tree_flatten_with_path(tree) for tree in unrolled)
+    assert len(ours) == len(theirs) > 20
+    for (path, mine), (_, other) in zip(ours, theirs, strict=True):  # the worst seen is 1.9e-6
+        apart, size = np.linalg.norm(mine - other), np.linalg.norm(other)
+        assert size > 0, path
+        assert apart < 1e-3 * size, (path, apart, size)
 
 
 PARTS = (("attention", "query"),)
@@ -324,6 +355,17 @@ PUBLISHED = {
         ),
         3_821_079_552,
     ),
+    "Phi 3.5 mini": (
+        config_json(
+            *("phi3", "Phi3ForCausalLM", 32, (3072, 8192, 32, 32), 32064),
+            auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+            attention_bias=False,
+            original_max_position_embeddings=4096,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.08, *[64.5] * 47]},
+            sliding_window=262144,
+        ),
+        3_821_079_552,
+    ),
     "Pythia 70M": (
         config_json(
             *("gpt_neox", "GPTNeoXForCausalLM", 6, (512, 2048, 8), 50304),
@@ -489,8 +531,24 @@ REFUSED = {
     "Phi-3's yarn, which is LongRoPE": (
         "phi3",
         {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
-        "RoPE type 'yarn' is not understood in a phi3 model",
+        "RoPE type yarn: short_factor is None; a list of numbers",
     ),
+    "Phi-3 with another scaling": (
+        "phi3",
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        "RoPE type 'linear' is not understood in a phi3 model",
+    ),
+    "LongRoPE of too few factors": (
+        "phi3-longrope",
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+        "longrope needs 4 short_factors and long_factors",
+    ),
+    "LongRoPE of two minds": (
+        "phi3-longrope",
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 21}},
+        "original_max_position_embeddings is 20, but 21 in the scaling",
+    ),
+    "LongRoPE elsewhere": ("llama", {"rope_scaling": {"type": "longrope"}}, "RoPE type 'longrope' is not understood"),
     "MXFP4": ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4 are not read; load the model"),
     "dense layers in the middle": ("qwen3-moe-dense", {"mlp_only_layers": [1]}, "only the first layers are understood"),
     "experts without a number": ("mixtral", {"num_local_experts": None}, "num_experts is missing"),

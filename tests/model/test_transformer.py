@@ -13,7 +13,7 @@ from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout
 from jaxlm.model.attention import Place, plain_attention, splash_attention, visible
-from jaxlm.model.config import LatentConfig, ModelConfig
+from jaxlm.model.config import LatentConfig, ModelConfig, RopeScaling
 from jaxlm.model.transformer import apply, define_model
 from jaxlm.model.weights import initialize
 from jaxlm.plan.depth import matrix_parameters
@@ -60,6 +60,16 @@ VARIANTS = {
         window=4,
         rope_base_local=50.0,
         rope_size=4,
+    ),
+    "LongRoPE": dataclasses.replace(
+        BASE,
+        rope_scaling=RopeScaling(
+            kind="longrope",
+            factor=4.0,
+            trained_positions=5,
+            short_factors=(1.0,) * 4,
+            long_factors=(1.0, 1.5, 3.0, 8.0),
+        ),
     ),
     "DeepSeek's parts": dataclasses.replace(
         BASE,
