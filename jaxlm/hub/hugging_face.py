@@ -22,7 +22,7 @@ from etils import epath
 from jaxlm.base import files, precision
 from jaxlm.base.errors import UserError
 from jaxlm.hub import families, pooling
-from jaxlm.hub.families import Family
+from jaxlm.hub.family import Family
 from jaxlm.hub.generation import Generation
 from jaxlm.hub.pooling import Pooling
 from jaxlm.hub.rules import LAYER, Rule

@@ -18,7 +18,7 @@ from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.hub import families
-from jaxlm.hub.families import Family
+from jaxlm.hub.family import Family
 from jaxlm.hub.hugging_face import TYPES
 from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.model.transformer import for_inference

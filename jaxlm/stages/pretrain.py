@@ -30,9 +30,10 @@ from jaxlm.hub.opened import hash_of, open_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model
 from jaxlm.objectives import rows as objectives
+from jaxlm.plan.announce import announce
 from jaxlm.plan.depth import derive
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
-from jaxlm.plan.flops import active_parameters, flops_per_token
+from jaxlm.plan.flops import flops_per_token
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.routing import balance
 from jaxlm.stages.config import PretrainConfig
@@ -145,34 +146,6 @@ def learnt_by(config: PretrainConfig, mesh: Mesh) -> teaching.CrossEntropy:
     tokenizer = lambda: manifest.read(config.data[0].path, "rows", "data").facts["tokenizer_hash"]
     sizes: dict[str, int] = dict(row_length=config.row_length, vocab_size=config.model.vocab_size)
     return teaching.objective_of(config.distill, open_model, mesh, tokenizer_hash=tokenizer, **sizes)
-
-
-def announce(config: PretrainConfig, mesh: Mesh) -> None:
-    """Prints what follows from the config: sizes, tokens, FLOPs, and each weight's rule."""
-    definition = define_model(config.model)
-    model = config.model
-    tokens = config.batch_rows * config.row_length
-    flops = flops_per_token(model, config.row_length)
-    logger.info(
-        "%s parameters (%s a token): %d layers, width %d, %d heads (%d for keys), feed-forward %d, vocabulary %d",
-        *(f"{definition.parameter_count():,}", f"{active_parameters(model):,}"),
-        *(model.layers, model.width, model.heads, model.kv_heads, model.feed_forward, model.vocab_size),
-    )
-    logger.info(
-        "%d steps of %s tokens: %s tokens, %.2e FLOPs; peak learning rate %.2e",
-        config.steps,
-        f"{tokens:,}",
-        f"{config.steps * tokens:,}",
-        flops * tokens * config.steps,
-        config.schedule.peak,
-    )
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    logger.info("mesh: %s of %s", shape, mesh.devices.flat[0].device_kind)
-    if model.scan_layers and mesh.devices.flat[0].platform == "cpu":
-        # XLA's CPU path runs a scan's elementwise work on one core: a step of 16.9 M takes 1.6 times as long.
-        logger.info("on a CPU, model.scan_layers=false makes steps faster (and compiling longer)")
-    for path, size, rule in optimizers.table(definition, config.optimizer):
-        logger.info("  %-28s %-18s %s", path, size, rule)
 
 
 def main(config: PretrainConfig) -> dict[str, Any]:
