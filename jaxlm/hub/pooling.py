@@ -30,7 +30,10 @@ def read(folder: epath.Path) -> Pooling | None:
             f"{path}: {', '.join(strange) or 'no single Pooling module'} not understood; without modules.json the "
             "transformer alone is read, and `embed` takes the pooling that it is given"
         )
-    where = folder / str(modules[kinds.index("Pooling")].get("path", "")) / "config.json"
+    named = str(modules[kinds.index("Pooling")].get("path", ""))
+    if named.startswith(("/", "~")) or ".." in named.split("/"):
+        raise UserError(f"{path}: the path {named!r} leads out of its folder")
+    where = folder / named / "config.json"
     return _mode(files.read_json(where), str(where))
 
 

@@ -19,7 +19,7 @@ from jaxlm.base import config as configs
 from jaxlm.base import manifest
 from jaxlm.evaluate import tasks
 from jaxlm.feedback import rankings
-from jaxlm.hub import families, hugging_face
+from jaxlm.hub import families, gguf, hugging_face, pooling
 from jaxlm.hub.generation import Generation
 from jaxlm.hub.tokenizers import read_tokenizer
 from jaxlm.model.config import ModelConfig
@@ -141,6 +141,24 @@ def hugging_face_config(content: bytes) -> None:
         outcome(found.read, tree, "config.json")
 
 
+def gguf_file(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / "model.gguf"
+        path.write_bytes(content)
+        found = outcome(gguf.read, path)
+        if found is not None:
+            outcome(found.tokenizer)
+            outcome(lambda: found.load_params(define_model(found.config)))
+
+
+def sentence_modules(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "modules.json").write_bytes(content)
+        (Path(root) / "1_Pooling").mkdir()
+        (Path(root) / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        outcome(pooling.read, epath.Path(root))
+
+
 def hugging_face_file(name: str, content: bytes) -> None:
     """A directory of Hugging Face with a config that is sound, and this file."""
     with tempfile.TemporaryDirectory() as root:
@@ -177,4 +195,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "generation_config": functools.partial(hugging_face_file, "generation_config.json"),
     "tokenizer_json": functools.partial(hugging_face_file, "tokenizer.json"),
     "tokenizer_config": functools.partial(hugging_face_file, "tokenizer_config.json"),
+    "gguf": gguf_file,
+    "sentence_modules": sentence_modules,
 }
