@@ -1,4 +1,4 @@
-"""GGUF: logits and tokens as others read the same files (tools/make_gguf_fixtures.py); out and in; what is refused."""
+"""GGUF: logits and tokens as others read the same files (make_gguf_fixtures.py); out and in; what is refused."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from jaxlm.tokenizer.sentencepiece import SentencePieceTokenizer
 FIXTURES = Path(__file__).parent / "fixtures"
 FILES = FIXTURES / "gguf"
 CASES = sorted(path.stem for path in FILES.glob("*.gguf"))
-TOOL = Path(__file__).parent.parent.parent / "tools/make_gguf_fixtures.py"
+TOOL = Path(__file__).parent / "make_gguf_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
 
@@ -310,7 +310,7 @@ def test_our_own_tokenizers_go_out(tmp_path, kind):
     if kind == "byte":
         tokenizer = ByteTokenizer(special)
     else:
-        texts = [path.read_text() for path in sorted((TOOL.parent.parent / "jaxlm/base").glob("*.py"))]
+        texts = [path.read_text() for path in sorted((TOOL.parent.parent.parent / "jaxlm/base").glob("*.py"))]
         config = TokenizerConfig(documents="x", algorithm=kind, vocab_size=600, special_tokens=special[3:])
         tokenizer = SentencePieceTokenizer(train.train(texts, config))
     template = chat.load("chatml", tokenizer)

@@ -1,4 +1,4 @@
-"""Adapters of Hugging Face's peft, in and out: its logits, from stored fixtures (tools/make_adapter_fixtures.py)."""
+"""Adapters of Hugging Face's peft, in and out: its logits, from stored fixtures (make_adapter_fixtures.py)."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from jaxlm.train import model_directory
 HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
 NAMES = ("lora", "rslora", "dora")
-TOOL = HERE.parent.parent / "tools/make_adapter_fixtures.py"
+TOOL = HERE / "make_adapter_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
 
@@ -95,7 +95,7 @@ if PYTHON:
 
 
 def test_the_tool_merges_into_a_model_directory_of_ours(base, tmp_path):
-    spec = importlib.util.spec_from_file_location("merge_adapter", TOOL.parent / "merge_adapter.py")
+    spec = importlib.util.spec_from_file_location("merge_adapter", HERE.parent.parent / "tools/merge_adapter.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     imported(base, tmp_path / "run")

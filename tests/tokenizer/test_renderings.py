@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, byte for byte (tools/make_chat_fixtures.py made the fixtures)."""
+"""Chat templates render as transformers renders them, byte for byte (fixtures: make_chat_fixtures.py)."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Tiny GGUF files, converted as llama.cpp's own script does it, with the logits and tokens that others give them.
 
-    python tools/make_gguf_fixtures.py      # in an environment with torch, transformers, gguf, sentencepiece; no jaxlm
-    python tools/make_gguf_fixtures.py check FILE.gguf ...      # ids [2, S] on stdin: the logits of transformers
+    python tests/hub/make_gguf_fixtures.py      # where torch, transformers, gguf, sentencepiece are
+    python tests/hub/make_gguf_fixtures.py check FILE.gguf ...      # ids [2, S] on stdin: the logits of transformers
 
 Each case of tests/hub/fixtures/gguf is NAME.gguf and NAME.safetensors: ids of rows, and the float32 logits of
 `from_pretrained(gguf_file=)`. Tokens of "llama" are sentencepiece's own, those of the byte-level ones `tokenizers`'.
@@ -24,7 +24,7 @@ import torch
 import transformers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-FOLDER = Path(__file__).parent.parent / "tests/hub/fixtures/gguf"
+FOLDER = Path(__file__).parent / "fixtures/gguf"
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
 GEMMA = SMALL | {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}

@@ -1,7 +1,7 @@
 """Tiny adapters of Hugging Face's peft with the logits that it gives them: tests/hub/adapters.
 
-    python tools/make_adapter_fixtures.py                  # in an environment with torch, transformers and peft
-    python tools/make_adapter_fixtures.py check BASE DIR   # loads an adapter as a user would; prints logits' file
+    python tests/hub/make_adapter_fixtures.py                  # in an environment with torch, transformers and peft
+    python tests/hub/make_adapter_fixtures.py check BASE DIR   # loads an adapter as a user would; prints logits' file
 
 Their base is tests/hub/fixtures/llama. A fixture is what `save_pretrained` writes, and expected.safetensors: rows
 of ids and their float32 logits. Every number of the adapters is random, B and DoRA's magnitudes too.
@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 import transformers
 
-BASE = Path(__file__).parent.parent / "tests/hub/fixtures/llama"
-FOLDER = Path(__file__).parent.parent / "tests/hub/adapters"
+BASE = Path(__file__).parent / "fixtures/llama"
+FOLDER = Path(__file__).parent / "adapters"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]},

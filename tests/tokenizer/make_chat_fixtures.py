@@ -1,6 +1,6 @@
 """Writes tests/tokenizer/fixtures/renderings.json: chat templates, conversations, what transformers renders of them.
 
-    python tools/make_chat_fixtures.py tests/tokenizer/fixtures/renderings.json      # needs transformers
+    python tests/tokenizer/make_chat_fixtures.py tests/tokenizer/fixtures/renderings.json      # needs transformers
 
 The templates are written for this, after what those of released models do: headers by role, a default system message,
 trimmed contents, tools as JSON in two forms, tool calls and answers, thoughts that older turns lose, loop controls,
