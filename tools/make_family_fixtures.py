@@ -1,6 +1,7 @@
 """Tiny checkpoints of each family with the logits that transformers gives them: tests/hub/fixtures.
 
     python tools/make_family_fixtures.py            # in an environment with torch and transformers, without jaxlm
+    python tools/make_family_fixtures.py into DIR SEED    # the same cases of other random numbers, elsewhere
     python tools/make_family_fixtures.py check DIR ...    # loads each as a user would; prints what it found
 
 A fixture is what `save_pretrained` writes, and expected.safetensors: rows of ids of two lengths, and the float32 logits
@@ -271,9 +272,9 @@ SHARDED = ("qwen2-windows",)
 GRADIENTS = ("llama", "gemma2-caps", "qwen3-moe-dense", "deepseek-v2")
 
 
-def make(name: str) -> None:
+def make(name: str, into: Path = FOLDER, seed: int = 0) -> None:
     model_type, values, dtype = CASES[name]
-    torch.manual_seed(sum(name.encode()))
+    torch.manual_seed(sum(name.encode()) + seed)
     config = transformers.AutoConfig.for_model(model_type, **values, **EAGER)
     reward, bare = "num_labels" in values, name.startswith("bare")
     model = kind_of(model_type, reward, bare).from_config(config).eval()
@@ -288,7 +289,7 @@ def make(name: str) -> None:
             if path.endswith("e_score_correction_bias"):
                 buffer.copy_((torch.randn_like(buffer) * 0.3).to(getattr(torch, dtype)))
     ids = torch.randint(
-        3, values["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0)
+        3, values["vocab_size"], (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(seed)
     )
     expected = {"ids": ids.to(torch.int32), "lengths": torch.tensor(LENGTHS, dtype=torch.int32)}
     rows = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
@@ -300,7 +301,7 @@ def make(name: str) -> None:
         for side in ("right", "left"):
             expected[side] = run(model, rows, left=side == "left")
         assert torch.allclose(expected["right"], expected["left"], atol=2e-5)
-    folder = FOLDER / name
+    folder = into / name
     shutil.rmtree(folder, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="12KB" if name in SHARDED else "5GB")
     safetensors.torch.save_file(expected, folder / "expected.safetensors")
@@ -342,7 +343,7 @@ def run_bare(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def run(model: Any, rows: list[torch.Tensor], left: bool, reward: bool = False) -> torch.Tensor:
     """float32 logits [rows, S, V] of the rows' tokens, each row's beginning at 0 and zeros behind them."""
     S = max(map(len, rows))
-    if "longrope" in str(model.config.rope_parameters) and len(rows) > 1:
+    if "longrope" in str(model.config) and len(rows) > 1:
         alone = [run(model, [row], left)[0] for row in rows]
         return torch.stack([torch.nn.functional.pad(part, (0, 0, 0, S - len(part))) for part in alone])
     ids, mask = torch.zeros(len(rows), S, dtype=torch.int64), torch.zeros(len(rows), S, dtype=torch.int64)
@@ -445,6 +446,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["check"]:
         given = json.loads(sys.stdin.read())
         print(json.dumps({folder: check(folder, given) for folder in sys.argv[2:]}))
+    elif sys.argv[1:2] == ["into"]:
+        for case in CASES:
+            make(case, Path(sys.argv[2]), int(sys.argv[3]))
     else:
         for case in sys.argv[1:] or CASES:
             make(case)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from jaxlm.base import files, manifest
@@ -20,11 +19,10 @@ from jaxlm.hub import tokenizers as tokenizer_files
 from jaxlm.hub.config import ExportConfig
 from jaxlm.hub.find import find_model
 from jaxlm.hub.hugging_face import TYPES, Tensor
-from jaxlm.train import model_directory
+from jaxlm.train import model_directory, tensor_files
 from jaxlm.train.model_directory import ModelDirectory
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# A shard is held in host memory while it is written.
 SHARD_BYTES = 2**30
 
 
@@ -150,7 +148,7 @@ def _read(directory: ModelDirectory, names: list[str]) -> list[np.ndarray]:
 
 
 def _write_tensors(directory: ModelDirectory, tensors: list[Tensor], types: Any, output: epath.Path) -> None:
-    """The safetensors, one file or several with an index; no more than a file's worth is in memory."""
+    """The safetensors, one file or several with an index; one tensor is in memory at a time."""
     shards: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -167,16 +165,17 @@ def _write_tensors(directory: ModelDirectory, tensors: list[Tensor], types: Any,
         for number, shard in enumerate(shards, 1):
             several = f"model-{number:05}-of-{len(shards):05}.safetensors"
             name = several if len(shards) > 1 else hugging_face.WHOLE
-            made = dict(_made(shard, stored, types))
-            files.write_bytes(output / name, safetensors.numpy.save(made, {"format": "pt"}))
-            weight_map |= dict.fromkeys(made, name)
-            total += sum(array.nbytes for array in made.values())
+            shard = sorted(shard, key=lambda tensor: -TYPES[types(tensor.name)].itemsize)
+            shapes = {tensor.name: (TYPES[types(tensor.name)], tensor.shape) for tensor in shard}
+            tensor_files.write(output / name, shapes, _made(shard, stored, types), "pt")
+            weight_map |= dict.fromkeys(shapes, name)
+            total += sum(kind.itemsize * math.prod(shape) for kind, shape in shapes.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_json(output / hugging_face.INDEX, index)
 
 
-def _made(tensors: list[Tensor], stored: Mapping[str, Any], types: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _made(tensors: list[Tensor], stored: Mapping[str, Any], types: Any) -> Iterator[np.ndarray]:
     for tensor in tensors:
         whole = hugging_face.join(tensor, [tensor.of(stored[name]) for name, _ in tensor.parts])
         with np.errstate(over="ignore"):
@@ -185,4 +184,4 @@ def _made(tensors: list[Tensor], stored: Mapping[str, Any], types: Any) -> Itera
             raise UserError(
                 f"dtype: {tensor.name} has numbers that {types(tensor.name)} has not; take bfloat16 or float32"
             )
-        yield tensor.name, made
+        yield made

@@ -42,7 +42,7 @@ def inputs(config: ImportConfig) -> dict[str, str]:
 
 
 def import_model(config: ImportConfig) -> dict[str, Any]:
-    """Writes WORKDIR/model, no more than one of its files in memory at a time, and WORKDIR/manifest.json; returns
+    """Writes WORKDIR/model, one tensor in memory at a time, and WORKDIR/manifest.json; returns
     {"seconds", "figure"}.
 
     facts["hugging_face"] keeps what `export` needs to give the same files back.

@@ -12,9 +12,12 @@ The layout of the layers in memory (stacked for the scan or unrolled) is no part
 wrote. Tensors are float32, whatever type the reader asks for.
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import math
+import operator
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 from etils import epath
 
 from jaxlm.base import files, manifest
@@ -35,11 +37,11 @@ from jaxlm.model.weights import Definition, Params, Weight
 from jaxlm.tokenizer import chat
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.tokenizer.chat import ChatTemplate
+from jaxlm.train import tensor_files
 
 KIND = "model"
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
-# A shard is held in host memory while it is written.
 SHARD_BYTES = 2**30
 
 
@@ -164,18 +166,27 @@ def write(
     weight_map = {}
     for number, names in enumerate(_shards(definition), 1):
         file = f"model-{number:05}.safetensors"
-        tensors = dict(host_tensors(definition, params, names))
-        if wrong := [name for name, value in tensors.items() if not np.isfinite(value).all()]:
-            raise Refused(f"{folder}: is not written; not finite: {', '.join(wrong[:8])}")
+        shapes = dict(sorted(x for _, declared in definition for x in tensor_shapes(declared) if x[0] in names))
+        arrays = _finite(folder, host_tensors(definition, params, names))
         if writes:
-            files.write_bytes(folder / "params" / file, safetensors.numpy.save(tensors, {"format": "np"}))
-        weight_map |= dict.fromkeys(tensors, file)
+            kinds = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+            tensor_files.write(folder / "params" / file, kinds, arrays, "np")
+        else:
+            collections.deque(arrays, maxlen=0)  # what is sharded over processes is gathered by all
+        weight_map |= dict.fromkeys(shapes, file)
     if not writes:
         return None
     size = 4 * definition.parameter_count()
     files.write_json(folder / "params" / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     contents = [name for name in files.walk(folder) if name != "manifest.json"]
     return manifest.write(folder, KIND, contents=contents, inputs=inputs, config=config, facts=facts)
+
+
+def _finite(folder: epath.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    for name, value in tensors:
+        if not np.isfinite(value).all():
+            raise Refused(f"{folder}: is not written; not finite: {name}")
+        yield value
 
 
 def read(folder: epath.PathLike, *, verify: bool = True, field: str = "", encoders: bool = False) -> ModelDirectory:
@@ -233,14 +244,16 @@ def _shards(definition: Definition) -> list[set[str]]:
 def host_tensors(
     definition: Definition, params: Params, names: set[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor on the host) of the named tensors or of all, one at a time: a stacked weight layer by layer."""
-    for path, declared in definition:
-        leaf: Any = params
-        for part in path:
-            leaf = leaf[part]
-        for row, (name, _) in enumerate(tensor_shapes(declared)):
-            if names is None or name in names:
-                yield name, _fetch(leaf[row] if _stacked(declared) else leaf)
+    """(name, tensor on the host) of the named tensors or of all, one at a time, by name: a stacked weight's by layer."""
+    places = {
+        name: (path, row if _stacked(declared) else None)
+        for path, declared in definition
+        for row, (name, _) in enumerate(tensor_shapes(declared))
+        if names is None or name in names
+    }
+    for name, (path, row) in sorted(places.items()):
+        leaf: Any = functools.reduce(operator.getitem, path, params)
+        yield name, _fetch(leaf if row is None else leaf[row])
 
 
 def _fetch(x: Any) -> np.ndarray:
