@@ -55,10 +55,11 @@ def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:
 
 def summary_of(outcome: Outcome, metric: str, seconds: float) -> dict[str, Any]:
     """The stage's line in `run`'s table."""
-    found = outcome.evaluation.get(metric)
     unit = "bits a byte" if metric.endswith("bits_per_byte") else "nats a missing word"
-    return {
-        "seconds": seconds,
-        "tokens_per_second": outcome.tokens_per_second,
-        "figure": f"{found:.3f} {unit} held out" if found else f"step {outcome.step}",
-    }
+    return summary_with(outcome, outcome.evaluation.get(metric), f"{{:.3f}} {unit} held out", seconds)
+
+
+def summary_with(outcome: Outcome, found: float | None, told: str, seconds: float) -> dict[str, Any]:
+    """The same with a figure `found`, as `told` formats it; where there is none, the step that was reached."""
+    figure = f"step {outcome.step}" if found is None else told.format(found)
+    return {"seconds": seconds, "tokens_per_second": outcome.tokens_per_second, "figure": figure}

@@ -11,7 +11,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from jaxlm.base.errors import UserError
+from jaxlm.feedback.verifying import verifier_for
+from jaxlm.rl.config import SelectConfig
+from jaxlm.train.processes import from_first
 
 Answer = dict[str, Any]
 
@@ -93,3 +98,23 @@ def answered(answer: Answer) -> list[dict[str, Any]]:
     """The conversation with the answer at its end."""
     asked = answer.get("messages") or [{"role": "user", "content": answer["prompt"]}]
     return [*asked, {"role": "assistant", "content": answer["text"]}]
+
+
+def scores_of(config: SelectConfig, asked: list[list[Answer]], judge: Any) -> list[list[float]]:
+    """Of each prompt's answers: the criteria of `judge`, a loaded reward model if there is one, weighted, and the
+    verifiers' scores, weighted."""
+    total = np.zeros((len(asked), len(asked[0])))
+    if judge is not None:
+        weights = {criterion.name: criterion.weight for criterion in config.criteria}
+        rewards = judge.rewards([answered(answer) for group in asked for answer in group]).astype(np.float64)
+        given = np.array([weights.get(name, 0.0) for name in judge.config.criteria])
+        total += np.sum(rewards * given[None, :], axis=1).reshape(total.shape)
+    for verifier in config.verifiers:
+        for row, group in enumerate(asked):
+            where = f"verifiers: prompt {group[0]['prompt_id']} of {config.samples}"
+            verify = verifier_for(verifier, group[0], where)
+            each = lambda verify=verify, group=group: [verify(a["prompt"], a["text"]).score for a in group]
+            total[row] += verifier.weight * np.array(from_first(each))
+    if not np.isfinite(total).all():
+        raise UserError("reward_model: gives scores that are not finite; is it damaged?")
+    return total.tolist()

@@ -32,7 +32,7 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, write_model
+from jaxlm.hub.finish import stopped_early, summary_with, write_model
 from jaxlm.model.attention import chosen
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
@@ -204,11 +204,7 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         )
         outcome = train(task, config.loop, config.workdir, watchdog)
         accuracy = outcome.evaluation.get("eval/pair_accuracy")
-        summary = {
-            "seconds": time.monotonic() - began,
-            "tokens_per_second": outcome.tokens_per_second,
-            "figure": f"{accuracy:.1%} of held-out pairs" if accuracy is not None else f"step {outcome.step}",
-        }
+        summary = summary_with(outcome, accuracy, "{:.1%} of held-out pairs", time.monotonic() - began)
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")

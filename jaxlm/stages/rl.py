@@ -27,7 +27,7 @@ from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
-from jaxlm.hub.finish import stopped_early, write_model
+from jaxlm.hub.finish import stopped_early, summary_with, write_model
 from jaxlm.model.lora import trained
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
@@ -315,12 +315,8 @@ def main(config: RLConfig) -> dict[str, Any]:
             enough=lambda state: bool(config.kl_budget) and float(state.kl) > config.kl_budget,
         )
         outcome = train(task, config.loop, config.workdir, watchdog)
-        figure = outcome.evaluation.get("eval/reward")
-        summary = {
-            "seconds": time.monotonic() - began,
-            "tokens_per_second": outcome.tokens_per_second,
-            "figure": f"reward {figure:.3f} held out" if figure is not None else f"step {outcome.step}",
-        }
+        reward = outcome.evaluation.get("eval/reward")
+        summary = summary_with(outcome, reward, "reward {:.3f} held out", time.monotonic() - began)
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")

@@ -18,21 +18,18 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from jaxlm.base import config as configs
 from jaxlm.base import files, manifest, sharding
 from jaxlm.base.errors import UserError
-from jaxlm.feedback.verifying import verifier_for
 from jaxlm.hub.find import find_model
-from jaxlm.hub.language_model import load
+from jaxlm.hub.language_model import LanguageModel, load
 from jaxlm.report import terminal
 from jaxlm.rl.config import SelectConfig
 from jaxlm.rl.models import check_reward_model
-from jaxlm.rl.selection import Answer, answered, curve, groups, select
+from jaxlm.rl.selection import answered, curve, groups, scores_of, select
 from jaxlm.train import model_directory
-from jaxlm.train.processes import from_first
 
 Config = SelectConfig
 
@@ -64,7 +61,7 @@ def main(config: SelectConfig) -> dict[str, Any]:
         raise UserError(f"samples: {config.samples} was not drawn as a chat's answers; sample with chat=True")
     where = f"{config.samples}/completions.jsonl"
     asked = groups([json.loads(line) for line in epath.Path(where).read_text("utf-8").split("\n") if line], where)
-    scores = scores_of(config, asked, drawn)
+    scores = scores_of(config, asked, judge_of(config, drawn))
     kept = select(asked, scores, config.keep, config.threshold or 0.0)
     if not kept.chosen:
         raise UserError(
@@ -99,29 +96,16 @@ def main(config: SelectConfig) -> dict[str, Any]:
     return summary
 
 
-def scores_of(config: SelectConfig, asked: list[list[Answer]], drawn: manifest.Manifest) -> list[list[float]]:
-    """Of each prompt's answers: the reward model's criteria, weighted, and the verifiers' scores, weighted."""
-    total = np.zeros((len(asked), len(asked[0])))
-    if config.reward_model:
-        found = find_model(config.reward_model, "reward_model")
-        weights = {criterion.name: criterion.weight for criterion in config.criteria}
-        check_reward_model(
-            model_directory.read(found, verify=False),
-            list(weights),
-            tokenizer=drawn.facts["tokenizer_hash"],
-            template=drawn.facts["chat_template_hash"],
-            whose="that of the model that answered",
-        )
-        judge = load(found, mesh=sharding.make_mesh(config.mesh))
-        rewards = judge.rewards([answered(answer) for group in asked for answer in group]).astype(np.float64)
-        given = np.array([weights.get(name, 0.0) for name in judge.config.criteria])
-        total += np.sum(rewards * given[None, :], axis=1).reshape(total.shape)
-    for verifier in config.verifiers:
-        for row, group in enumerate(asked):
-            where = f"verifiers: prompt {group[0]['prompt_id']} of {config.samples}"
-            verify = verifier_for(verifier, group[0], where)
-            each = lambda verify=verify, group=group: [verify(a["prompt"], a["text"]).score for a in group]
-            total[row] += verifier.weight * np.array(from_first(each))
-    if not np.isfinite(total).all():
-        raise UserError("reward_model: gives scores that are not finite; is it damaged?")
-    return total.tolist()
+def judge_of(config: SelectConfig, drawn: manifest.Manifest) -> LanguageModel | None:
+    """The reward model, if one is asked; it has to read text as the model that answered does."""
+    if not config.reward_model:
+        return None
+    found = find_model(config.reward_model, "reward_model")
+    check_reward_model(
+        model_directory.read(found, verify=False),
+        [criterion.name for criterion in config.criteria],
+        tokenizer=drawn.facts["tokenizer_hash"],
+        template=drawn.facts["chat_template_hash"],
+        whose="that of the model that answered",
+    )
+    return load(found, mesh=sharding.make_mesh(config.mesh))

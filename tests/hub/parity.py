@@ -1,4 +1,4 @@
-"""What a fixture of tools/make_family_fixtures.py holds against what jaxlm computes from its checkpoint."""
+"""What a fixture of make_family_fixtures.py holds against what jaxlm computes from its checkpoint."""
 
 from pathlib import Path
 

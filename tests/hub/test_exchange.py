@@ -43,7 +43,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"))
 ENCODERS = ("bert", "bert-untied", "bare-bert")
 TOKENIZERS = ("byte-level", "spaces")
-TOOL = Path(__file__).parent.parent.parent / "tools/make_family_fixtures.py"
+TOOL = Path(__file__).parent / "make_family_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
 

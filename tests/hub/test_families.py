@@ -1,4 +1,4 @@
-"""Each family's fixtures (tools/make_family_fixtures.py): logits as transformers gave them; configs both ways."""
+"""Each family's fixtures (make_family_fixtures.py): logits as transformers gave them; configs both ways."""
 
 import dataclasses
 import json

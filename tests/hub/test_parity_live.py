@@ -18,7 +18,7 @@ from parity import compare_cached_logits, compare_gradients, compare_logits, com
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parent.parent.parent / "tools/make_family_fixtures.py"
+TOOL = Path(__file__).parent / "make_family_fixtures.py"
 SEED = 1
 
 

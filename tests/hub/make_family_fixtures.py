@@ -1,8 +1,8 @@
 """Tiny checkpoints of each family with the logits that transformers gives them: tests/hub/fixtures.
 
-    python tools/make_family_fixtures.py            # in an environment with torch and transformers, without jaxlm
-    python tools/make_family_fixtures.py into DIR SEED    # the same cases of other random numbers, elsewhere
-    python tools/make_family_fixtures.py check DIR ...    # loads each as a user would; prints what it found
+    python tests/hub/make_family_fixtures.py            # in an environment with torch and transformers, without jaxlm
+    python tests/hub/make_family_fixtures.py into DIR SEED    # the same cases of other random numbers, elsewhere
+    python tests/hub/make_family_fixtures.py check DIR ...    # loads each as a user would; prints what it found
 
 A fixture is what `save_pretrained` writes, and expected.safetensors: rows of ids of two lengths, and the float32 logits
 of their tokens when padded on the right, and when padded on the left (of a bare encoder: hidden states, and what its
@@ -25,7 +25,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-FOLDER = Path(__file__).parent.parent / "tests/hub/fixtures"
+FOLDER = Path(__file__).parent / "fixtures"
 LENGTHS = (26, 17)
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}  # torch's grouped product wants even sizes
 LLAMA3 = {
