@@ -244,7 +244,7 @@ def _shards(definition: Definition) -> list[set[str]]:
 def host_tensors(
     definition: Definition, params: Params, names: set[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor on the host) of the named tensors or of all, one at a time, by name: a stacked weight's by layer."""
+    """(name, tensor on the host) of the named tensors or of all, one at a time, in the names' order."""
     places = {
         name: (path, row if _stacked(declared) else None)
         for path, declared in definition
