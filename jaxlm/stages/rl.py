@@ -89,11 +89,8 @@ def validate(config: RLConfig, device_count: int) -> None:
 
 def inputs(config: RLConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    read = {}
-    for field in ("model", "reward_model"):
-        if getattr(config, field):
-            found = find_model(getattr(config, field), field)
-            read[str(found)] = manifest.read(found).hash
+    models = [find_model(path, field) for field in ("model", "reward_model") if (path := getattr(config, field))]
+    read = {str(folder): manifest.read(folder).hash for folder in models}
     for source in config.ppo.pretraining if config.ppo else ():
         read[source.path] = manifest.read(source.path, "rows", "ppo.pretraining").hash
     return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
