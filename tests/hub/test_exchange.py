@@ -330,7 +330,7 @@ STAGE_CONFIGS = {
 
 
 def sentencepiece_tokenizer(algorithm):
-    texts = [path.read_text() for path in sorted((TOOL.parent.parent / "jaxlm/base").glob("*.py"))]
+    texts = [path.read_text() for path in sorted((TOOL.parent.parent.parent / "jaxlm/base").glob("*.py"))]
     config = TokenizerConfig(documents="texts", vocab_size=600, algorithm=algorithm)
     return SentencePieceTokenizer(train.train(texts, config)), texts
 

@@ -8,7 +8,16 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from parity import FIXTURES, compare_cached_logits, compare_gradients, compare_logits, compare_rewards, read
+from parity import (
+    FIXTURES,
+    TOLERANCE,
+    compare_cached_logits,
+    compare_gradients,
+    compare_logits,
+    compare_rewards,
+    padded_right,
+    read,
+)
 
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import UserError
@@ -17,7 +26,8 @@ from jaxlm.hub import families, hugging_face
 from jaxlm.hub.fields import alike, repeating
 from jaxlm.model import layout
 from jaxlm.model.config import ExpertsConfig, LatentConfig, ModelConfig
-from jaxlm.model.transformer import define_model, for_inference
+from jaxlm.model.transformer import define_model, empty_cache, for_inference
+from jaxlm.model.weights import apply
 
 ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"))
 ENCODERS = ["bert", "bert-untied"]
@@ -48,7 +58,7 @@ def test_rewards_are_those_of_transformers(name):
 
 def test_a_bare_encoder_is_that_of_transformers():
     """Hidden states, and BERT's pooler over them."""
-    _, config, definition, params, expected = read("bare-bert")
+    _, config, definition, params, expected = read(FIXTURES / "bare-bert")
     assert (config.head, config.causal, config.token_types) == ("pooler", False, 1)
     run = lambda *x: apply(definition, params, lambda m: (hidden := m(*x)[0], m.pooled(hidden)))
     hidden, pooled = jax.jit(run)(*padded_right(expected))
@@ -59,7 +69,7 @@ def test_a_bare_encoder_is_that_of_transformers():
 
 def test_an_encoder_keeps_packed_documents_apart():
     """Two texts in one row are as each alone: nobody sees the other, and each sees all of its own."""
-    _, _, definition, params, expected = read("bert")
+    _, _, definition, params, expected = read(FIXTURES / "bert")
     first, second = (row[:length] for row, length in zip(expected["ids"], expected["lengths"], strict=True))
     pad = np.zeros(5, np.int32)
     ids = np.concatenate([second, first, pad])
@@ -73,7 +83,7 @@ def test_an_encoder_keeps_packed_documents_apart():
 
 
 def test_an_encoder_has_no_cache():
-    _, config, definition, params, expected = read("bert")
+    _, config, definition, params, expected = read(FIXTURES / "bert")
     cache = empty_cache(config, *expected["ids"].shape)
     with pytest.raises(ValueError, match="an encoder has no cache"):
         jax.jit(lambda *x: apply(definition, params, lambda m: m(*x, cache)))(*padded_right(expected))
