@@ -41,7 +41,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"))
 TOKENIZERS = ("byte-level", "spaces")
 TOOL = Path(__file__).parent.parent.parent / "tools/make_family_fixtures.py"
-PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
+PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON") or os.environ.get("JAXLM_PARITY_PYTHON", "")
 
 
 def copied(tmp_path, name="llama", tokenizer="byte-level"):
@@ -433,7 +433,7 @@ def live(tmp_path_factory):
     return {name: (folder, said[outputs[name]]) for name, folder in made.items()}
 
 
-# Where JAXLM_TRANSFORMERS_PYTHON names a Python that has torch and transformers.
+# Where JAXLM_TRANSFORMERS_PYTHON or JAXLM_PARITY_PYTHON names a Python that has torch and transformers.
 if PYTHON:
 
     @pytest.mark.slow
