@@ -44,7 +44,7 @@ ALL = sorted(path.parent.name for path in FIXTURES.glob("*/expected.safetensors"
 ENCODERS = ("bert", "bert-untied", "bare-bert")
 TOKENIZERS = ("byte-level", "spaces")
 TOOL = Path(__file__).parent / "make_family_fixtures.py"
-PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
+PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON") or os.environ.get("JAXLM_PARITY_PYTHON", "")
 
 
 def copied(tmp_path, name="llama", tokenizer=""):
@@ -626,7 +626,7 @@ def live(tmp_path_factory):
     return {name: (folder, said[outputs[name]]) for name, folder in made.items()}
 
 
-# Where JAXLM_TRANSFORMERS_PYTHON names a Python that has torch and transformers.
+# Where JAXLM_TRANSFORMERS_PYTHON or JAXLM_PARITY_PYTHON names a Python that has torch and transformers.
 if PYTHON:
 
     @pytest.mark.slow

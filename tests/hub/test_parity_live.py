@@ -1,9 +1,10 @@
 """Every family against transformers as it is installed: checkpoints of new random numbers, made and compared here.
 
-    JAXLM_PARITY_PYTHON=../parity/bin/python python -m pytest -m slow tests/hub/test_parity_live.py
+    export JAXLM_PARITY_PYTHON=../parity/bin/python
+    python -m pytest -m slow tests/hub/test_parity_live.py tests/hub/test_exchange.py
 
 That Python needs torch and transformers and no jaxlm (`pip install torch transformers`, as the extra `parity` pins
-them); without the variable it is this one, where it has them.
+them); test_exchange.py loads there what was exported. Without the variable it is this one, where it has them.
 """
 
 import ast
