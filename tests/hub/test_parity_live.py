@@ -45,6 +45,7 @@ def made(tmp_path_factory):
     if not python and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         python = sys.executable
     if not python:
+        # torch is no part of the tests' own environment: CI has a step that names a Python with it, where none skips.
         pytest.skip(
             "needs torch and transformers, here (jaxlm[parity]) or in the Python that JAXLM_PARITY_PYTHON names"
         )
