@@ -12,7 +12,7 @@ from jaxlm.base.errors import ConfigError, UserError
 
 def shipped_configs() -> dict[str, pathlib.Path]:
     """Name → file of the configs that come with jaxlm: in a wheel inside the package, in a checkout beside it."""
-    package = pathlib.Path(__file__).parents[1]
+    package = pathlib.Path(__file__).parent
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 

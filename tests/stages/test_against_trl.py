@@ -21,6 +21,7 @@ import pytest
 from jaxlm.base.metrics import values
 from jaxlm.data.config import ChatSource
 from jaxlm.data.rows import Piece, expand
+from jaxlm.distill.teaching import CrossEntropy
 from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
@@ -157,12 +158,12 @@ def weights(model: str, shape: ModelConfig) -> tuple[Definition, Params]:
 
 
 def first_step(
-    stage: Any, config: Any, shape: ModelConfig, batch: dict[str, np.ndarray], model: str = "policy"
+    stage: Any, config: Any, shape: ModelConfig, batch: dict[str, np.ndarray], model: str = "policy", **more: Any
 ) -> dict[str, float]:
     """What the stage's own step measures."""
     definition, params = weights(model, shape)
     optimizer = optimizers.make_optimizer(config.optimizer, definition)
-    step = functools.partial(stage.train_step, config=config, definition=definition, optimizer=optimizer)
+    step = functools.partial(stage.train_step, config=config, definition=definition, optimizer=optimizer, **more)
     return values(jax.jit(step)(initial_state(params, optimizer, ema=False), batch)[1])
 
 
@@ -180,7 +181,8 @@ def test_sft(trl, chats, more):
     config = SFTConfig(
         model="unread", sources=(ChatSource(name="unread", path="unread"),), batch_rows=len(rows), **more
     )
-    measured = first_step(sft, config, SHAPE, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    measured = first_step(sft, config, SHAPE, batch, learnt=CrossEntropy())
     # TRL too divides by the targets of all accumulated batches, of which one has 3 and another 14.
     for name in ("sft", "sft accumulated"):
         close(measured["train/loss"], trl[name]["loss"])
