@@ -4,10 +4,13 @@
         --config.stages.prepare.sources.train.path='knigi/*.txt' \\
         --config.stages.prepare.sources.heldout.path='otlozheno/*.txt'
 
-Hardware: any; as configs/own_text.py. What differs for Russian: a letter is two bytes, so 16,384 tokens are worth their
-rows (rich inflection: more word forms than English has), and figures are in bits a *byte*: half of those a letter.
-Unigram pieces follow stems and endings better than BPE's do. Text is normalised (NFC) and kept as it is otherwise:
-ё and е stay different, stress marks stay.
+Hardware: 2 CPU cores, 6 GiB. On 3.9 MB of the messages of programs, in Russian, 16 minutes: held out 0.880 bits a byte
+after 1,250 steps and 0.925 after all 1,500, which is 5.6 times through that text and begins to learn it by heart
+(xz -9: 1.543). The steps are for 10 MB, twice through; for less text take fewer.
+
+What differs for Russian: a letter is two bytes, so 16,384 tokens are worth their rows (rich inflection: more word forms
+than English has), and figures are in bits a *byte*: half of those a letter. Unigram pieces follow stems and endings
+better than BPE's do. Text is normalised (NFC) and kept as it is otherwise: ё and е stay different, stress marks stay.
 """
 
 from jaxlm.data.config import MixtureSource, PackConfig
