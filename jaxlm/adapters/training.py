@@ -16,14 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlm.adapters import weights
+from jaxlm.adapters.quantising import Quantising, is_quantised
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array
 from jaxlm.model import lora as adapters
+from jaxlm.model.attention import chosen
 from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params, Weight
 from jaxlm.train.model_directory import ModelDirectory
-from jaxlm.train.state import with_shardings
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.state import Program, make_program, with_shardings
 
 
 class Tuned:
@@ -53,17 +56,18 @@ class Tuned:
     ):
         """`shape`: the model's, with what the stage adds to it; heads that the model has not are always trained.
         `first`: (definition, shardings) → first parameters, where they are not all the model's."""
-        self.lora, self.model, self.mesh, self.seed = lora, model, mesh, seed
+        self.lora, self.model, self.mesh, self.seed = lora, Quantising.of(model), mesh, seed
         self._first = first or model.load_params
-        self.config, kind = shape, jnp.dtype(jnp.float32)
+        self.config, frozen, kind = shape, shape, jnp.dtype(jnp.float32)
         self._plain = define_model(shape)
         if lora is not None:
             weights.require_targets(self._plain, lora)
             self.config, kind = adapted(shape, dataclasses.replace(lora, dropout=0.0)), precision.dtype(shape.compute)
+            frozen = adapted(shape, lora, adapters=False)
         self.measured = define_model(self.config, kind)
         self.definition = define_model(adapted(shape, lora), kind) if lora is not None else self.measured
         self.trained = adapters.trained(self.measured)
-        self.reference = define_model(shape, kind)
+        self.reference = define_model(frozen, kind)
         self.frozen = self.reference.part(lambda w: lora is not None and not _is_head(w))
 
     @functools.cached_property
@@ -93,13 +97,47 @@ class Tuned:
         return params | (self._read(self.trained.part(_is_head)) if self.model.config.criteria else {})
 
     def merged(self, params: Params) -> Params:
-        """The plain model, float32, of a state's parameters: W + scale · A B in place of each adapted matrix."""
+        """The plain model, float32, of a state's parameters: W + scale · A B in place of each adapted matrix, W as the
+        run had it where it is quantised."""
         if self.lora is None:
             return params
         shardings = self._plain.shardings(self.mesh)
         base = self._read(self._plain.part(lambda w: not _is_head(w)))
+        if self.lora.base != "compute":
+            base = adapters.joined(base, adapters.part_of(self.frozen.part(is_quantised), self._base))
         make = functools.partial(weights.merged, config=self.lora)
         return jax.jit(make, out_shardings=shardings)(adapters.joined(base, params))
+
+
+def tune(
+    config: Any,
+    mesh: Mesh,
+    model: ModelDirectory,
+    scan_layers: bool,
+    shape: ModelConfig | None = None,
+    first: Callable[[Definition, Any], Params] | None = None,
+) -> Tuned:
+    """The model as a stage of this config trains it, its attention chosen for the mesh and the rows; `shape` and
+    `first` as `Tuned` has them."""
+    shape = dataclasses.replace(shape or model.config, scan_layers=scan_layers)
+    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
+    return Tuned(config.lora, fitting, model, mesh, config.seed, first)
+
+
+def program_of(
+    config: Any,
+    step: Callable[..., Any],
+    tuned: Tuned,
+    batch: dict[str, Any],
+    base: Callable[[], dict[str, Params]] = dict,
+    **more: Any,
+) -> Program:
+    """The compiled-once step, pinned shardings, of a stage that trains `tuned`, whose weights are read later. `batch`:
+    its abstract arrays beside the base; `base`: what else is the same in every batch; `more`: the step's own."""
+    optimizer = make_optimizer(config.optimizer, tuned.trained)
+    step = functools.partial(step, config=config, definition=tuned.definition, optimizer=optimizer, **more)
+    given: Any = dict(rule=config.optimizer, start=tuned.start, base=lambda: tuned.base() | base())
+    return make_program(step, tuned.trained, optimizer, batch | tuned.abstract(), tuned.mesh, **given)
 
 
 def first_adapters(

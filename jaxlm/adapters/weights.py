@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxlm.base import rng
 from jaxlm.base.arrays import Array
 from jaxlm.base.errors import ConfigError, nearest
-from jaxlm.model import lora
+from jaxlm.model import lora, quantised
 from jaxlm.model.config import LoRAConfig
 from jaxlm.model.lora import HIGHEST
 from jaxlm.model.weights import Definition, Params, Weight, initialize
@@ -38,7 +38,9 @@ def with_magnitudes(params: Params, base: Params) -> Params:
             value = with_magnitudes(value, base.get(name, {}))
         elif name.endswith("_lora_magnitude"):
             own = name.removesuffix("_lora_magnitude")
-            value = lora.column_norms(base[own], params[f"{own}_lora_a"], params[f"{own}_lora_b"], 0.0)
+            value = lora.column_norms(
+                quantised.matrix(base, own), params[f"{own}_lora_a"], params[f"{own}_lora_b"], 0.0
+            )
         made[name] = value
     return made
 
@@ -57,12 +59,14 @@ def dropout_keys(definition: Definition, seed: int, step: Array, piece: Array) -
 def merged(params: Params, config: LoRAConfig) -> Params:
     """The plain model's parameters, W + scale · A B in each matrix's place; in either layout, to be jitted."""
     made: Params = {}
+    scales = {f"{name}_scale" for name in params}
     for name, value in params.items():
         if isinstance(value, dict):
             made[name] = merged(value, config)
-        elif "_lora_" not in name:
+        elif "_lora_" not in name and name not in scales:
             a, b, magnitude = (params.get(f"{name}_lora_{part}") for part in ("a", "b", "magnitude"))
-            made[name] = value if a is None else merged_matrix(value, a, b, magnitude, config.scale)
+            kernel = quantised.matrix(params, name)
+            made[name] = kernel if a is None else merged_matrix(kernel, a, b, magnitude, config.scale)
     return made
 
 

@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "positions": (),
     "criteria": (),
     "rank": (),
+    "blocks": (),
     "key": (),
     "batch": ("slices", "data", "fsdp", "expert"),
     "expert_batch": ("slices", "data", "fsdp"),

@@ -151,15 +151,11 @@ class OpenModel(Protocol):
 
 
 def objective_of(
-    config: DistillConfig | None,
-    open_model: OpenModel,
-    mesh: Mesh,
-    *,
-    row_length: int,
-    vocab_size: int,
-    tokenizer_hash: Callable[[], str],
+    stage: Any, open_model: OpenModel, mesh: Mesh, vocab_size: int, tokenizer_hash: Callable[[], str]
 ) -> CrossEntropy:
-    """The objective of a stage whose model has this vocabulary; a teacher of another tokenizer is refused."""
+    """The objective of a stage with this config (`distill`, `row_length`) whose model has this vocabulary; a teacher of
+    another tokenizer is refused."""
+    config, row_length = stage.distill, stage.row_length
     if config is None:
         return CrossEntropy()
     _require_given(config)

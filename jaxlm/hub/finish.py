@@ -1,7 +1,7 @@
 """The end of a training stage: the model on disk, and the manifest that says that the run is over."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from etils import epath
@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 from jaxlm.base import manifest
 from jaxlm.base.config import StageConfig, identity
 from jaxlm.base.logging import logger
-from jaxlm.model.config import ModelConfig
+from jaxlm.hub import peft
+from jaxlm.model.config import LoRAConfig, ModelConfig
+from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer.chat import ChatTemplate
 from jaxlm.train import model_directory
 from jaxlm.train.loop import Outcome
@@ -43,6 +45,40 @@ def write_model(
         # Not the model's manifest, to which the gate adds its verdict.
         contents = [f"model/{name}" for name in written.files]
         manifest.write(config.workdir, "run", contents=contents, **made_with)
+
+
+class Tuned(Protocol):
+    """What a stage trained of a model: `adapters/training.Tuned`."""
+
+    @property
+    def lora(self) -> LoRAConfig | None: ...
+
+    @property
+    def model(self) -> model_directory.ModelDirectory: ...
+
+    @property
+    def trained(self) -> Definition: ...
+
+    def merged(self, params: Params) -> Params: ...
+
+
+def write_tuned(
+    config: StageConfig,
+    outcome: Outcome,
+    params: Params,
+    tuned: Tuned,
+    mesh: Mesh,
+    *,
+    inputs: Mapping[str, str],
+    facts: Mapping[str, Any],
+    chat_template: ChatTemplate | None,
+) -> None:
+    """The same of a language model whose state has these `params`; and WORKDIR/adapter, where they are adapters."""
+    model = tuned.model
+    if tuned.lora is not None:
+        peft.write(f"{config.workdir}/adapter", params, tuned.trained, model, tuned.lora)
+    given: Any = dict(tokenizer=model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
+    write_model(config, outcome, tuned.merged(params), model.config, mesh, **given)
 
 
 def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:

@@ -10,6 +10,7 @@ Attention = Literal["global", "local", "global_nope", "local_nope"]
 """Whom a layer's queries see; `nope`: without rotary positions (arXiv:2305.19466)."""
 Activation = Literal["silu", "gelu", "gelu_exact", "clamped"]
 Bias = Literal["qkv", "output", "mlp", "router"]
+Base = Literal["compute", "int8", "nf4"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -322,6 +323,10 @@ class LoRAConfig:
     """Share of an adapter's inputs that is dropped in training."""
     dora: bool = False
     """Learns the length of each column by itself, beside its direction (DoRA, arXiv:2402.09353)."""
+    base: Base = "compute"
+    """What the frozen matrices of attention and MLP lie in: the compute type (16 bits a number in bfloat16); int8; nf4,
+    4.5 bits (QLoRA, arXiv:2305.14314). They are made whole layer by layer as they are used. Embedding, head and experts
+    stay in the compute type."""
 
     def __post_init__(self):
         check(self.rank >= 1, "rank", f"got {self.rank}; 1 or more is needed")
@@ -336,11 +341,13 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptedConfig(ModelConfig):
-    """A transformer with adapters; no model directory has one."""
+    """A transformer with adapters, or what is frozen under them; no model directory has one."""
 
     lora: LoRAConfig = LoRAConfig()
+    adapters: bool = True
 
 
-def adapted(config: ModelConfig, lora: LoRAConfig) -> AdaptedConfig:
-    """The same transformer with adapters."""
-    return AdaptedConfig(lora=lora, **{f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)})
+def adapted(config: ModelConfig, lora: LoRAConfig, adapters: bool = True) -> AdaptedConfig:
+    """The same transformer with adapters; without, what is frozen under them."""
+    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+    return AdaptedConfig(lora=lora, adapters=adapters, **kept)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Float32
+from jaxlm.model import quantised
 from jaxlm.model.config import LoRAConfig
 from jaxlm.model.weights import Constant, Definition, Normal, Params, Weight, weight
 
@@ -83,7 +84,8 @@ def added(
     low = lora.scale * precision.matmul(precision.matmul(x, a[...], compute), b[...], compute, wide=True)
     if not lora.dora:
         return low
-    kernel = getattr(module, name)[...]
+    held = {own: getattr(module, own)[...] for own in (name, f"{name}_scale") if hasattr(module, own)}
+    kernel = quantised.matrix(held, name)
     ratio = getattr(module, f"{name}_lora_magnitude")[...] / column_norms(kernel, a[...], b[...], lora.scale)
     if key is not None:  # peft's form: the change of the magnitude sees the dropped inputs too
         product = precision.matmul(x, kernel, compute, wide=True)

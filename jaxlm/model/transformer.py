@@ -21,7 +21,7 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Float32, Int
 from jaxlm.base.sharding import constrain
-from jaxlm.model import lora
+from jaxlm.model import lora, quantised
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import AdaptedConfig, ModelConfig
 from jaxlm.model.experts import Experts, Routing
@@ -101,9 +101,11 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config)
         if isinstance(config, AdaptedConfig):
-            lora.declare(self.attention, "layers/attention", config.lora)
-            if not config.has_experts(layer):
-                lora.declare(self.mlp, "layers/mlp", config.lora)
+            parts = {"attention": self.attention} | ({} if config.has_experts(layer) else {"mlp": self.mlp})
+            for name, part in parts.items():
+                if config.adapters:
+                    lora.declare(part, f"layers/{name}", config.lora)
+                quantised.declare(part, config.lora.base)
         self.kind, self.place, self.parallel = kind, config.norm_place, config.parallel_mlp
 
     def __call__(

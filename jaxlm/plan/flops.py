@@ -1,5 +1,6 @@
 """What a token costs: the parameters that it meets, and the FLOPs of training on it."""
 
+import dataclasses
 import math
 
 from jaxlm.model import lora
@@ -20,6 +21,8 @@ def flops_per_token(config: ModelConfig, sequence: int) -> float:
     The embedding lookup is free; a causal query sees (sequence + 1) / 2 keys on average (arXiv:2204.02311, appendix B,
     counts all S keys; we count those that are seen), an encoder's all.
     """
+    if isinstance(config, AdaptedConfig):  # codes are no matrices
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base="compute"))
     D, N = config.width, config.head_size
     M = config.latent.value_size if config.latent.kv_rank else N
     e, sparse = config.experts, sum(config.has_experts(layer) for layer in range(config.layers))

@@ -96,7 +96,8 @@ def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Mod
     tokens = directories.policy.tokenizer().vocab_size
     value = dataclasses.replace(reward or policy, criteria=("value",)) if config.ppo else None
     # What is not trained lies in the compute type, in which its products are taken anyway.
-    frozen = lambda shape: define_model(shape, precision.dtype(shape.compute))
+    under = lambda shape: adapted(shape, config.lora, adapters=False) if config.lora else shape
+    frozen = lambda shape, base: define_model(under(shape) if base else shape, precision.dtype(shape.compute))
 
     def learning(shape: ModelConfig) -> Definition:
         if config.lora is None:
@@ -105,9 +106,10 @@ def define_models(config: RLConfig, directories: Directories, mesh: Mesh) -> Mod
 
     return Models(
         policy=learning(policy),
-        reference=frozen(policy),
+        reference=frozen(policy, True),
         value=learning(value) if value else None,
-        reward=frozen(reward) if reward else None,
+        # Under adapters it is what the value function lies over.
+        reward=frozen(reward, value is not None) if reward else None,
         criteria=reward.criteria if reward else (),
         vocabulary=tokens if tokens < policy.vocab_size else None,
     )

@@ -15,7 +15,6 @@ it began; DPO, IPO, KTO) is computed once, before the first step, and kept. Resu
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,15 +24,13 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlm.adapters.training import Tuned, separated, whole, with_base
+from jaxlm.adapters.training import Tuned, program_of, separated, tune, whole, with_base
 from jaxlm.base import files, manifest, metrics, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
-from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, summary_with, write_model
-from jaxlm.model.attention import chosen
+from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.plan.flops import flops_per_token
@@ -49,12 +46,11 @@ from jaxlm.preference.scoring import (
 )
 from jaxlm.replay.blackbox import BlackBox
 from jaxlm.train import model_directory
-from jaxlm.train import optimizer as optimizers
 from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
-from jaxlm.train.state import Program, TrainState, abstract_rows, make_program
+from jaxlm.train.state import Program, TrainState, abstract_rows
 from jaxlm.train.update import apply_gradients, gradients_in_pieces
 from jaxlm.train.watchdog import Watchdog
 
@@ -108,15 +104,7 @@ def build(config: PreferenceConfig, mesh: Mesh) -> Program:
     return _build(config, mesh, tune(config, mesh, model, model.config.scan_layers))
 
 
-def tune(config: PreferenceConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Tuned:
-    shape = dataclasses.replace(model.config, scan_layers=scan_layers)
-    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
-    return Tuned(config.lora, fitting, model, mesh, config.seed)
-
-
 def _build(config: PreferenceConfig, mesh: Mesh, tuned: Tuned) -> Program:
-    optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
-    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer)
     rows = abstract_rows(mesh, config.batch_rows, config.row_length)
     whole = sharding.replicated(mesh)
     kinds = {"better": jnp.int32, "worse": jnp.int32, "weight": jnp.float32}
@@ -127,9 +115,8 @@ def _build(config: PreferenceConfig, mesh: Mesh, tuned: Tuned) -> Program:
         kinds |= {"better_other": jnp.float32, "worse_other": jnp.float32}
         rows |= {"other_ids": rows["ids"], "other_mask": rows["loss_mask"]}
     pairs = {name: jax.ShapeDtypeStruct((config.batch_pairs,), kind, sharding=whole) for name, kind in kinds.items()}
-    batch = rows | pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)} | tuned.abstract()
-    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
-    return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
+    batch = rows | pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
+    return program_of(config, train_step, tuned, batch)
 
 
 def read_batches(
@@ -211,18 +198,7 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             report = held.report(outcome.state, encoder)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
+        facts = {"summary": summary, "row_length": config.row_length}
         made = outcome.state.ema or outcome.state.params
-        if config.lora is not None:
-            peft.write(f"{config.workdir}/adapter", made, tuned.trained, model, config.lora)
-        write_model(
-            config,
-            outcome,
-            tuned.merged(made),
-            model.config,
-            mesh,
-            tokenizer=model.folder,
-            inputs=read_from,
-            facts={"summary": summary, "row_length": config.row_length},
-            chat_template=template,
-        )
+        write_tuned(config, outcome, made, tuned, mesh, inputs=read_from, facts=facts, chat_template=template)
     return summary

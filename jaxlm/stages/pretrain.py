@@ -144,8 +144,7 @@ def build(config: PretrainConfig, mesh: Mesh) -> Program:
 def learnt_by(config: PretrainConfig, mesh: Mesh) -> teaching.CrossEntropy:
     """What the rows are learnt by: their own tokens, or a teacher's too."""
     tokenizer = lambda: manifest.read(config.data[0].path, "rows", "data").facts["tokenizer_hash"]
-    sizes: dict[str, int] = dict(row_length=config.row_length, vocab_size=config.model.vocab_size)
-    return teaching.objective_of(config.distill, open_model, mesh, tokenizer_hash=tokenizer, **sizes)
+    return teaching.objective_of(config, open_model, mesh, config.model.vocab_size, tokenizer)
 
 
 def main(config: PretrainConfig) -> dict[str, Any]:
@@ -201,14 +200,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
-        write_model(
-            config,
-            outcome,
-            outcome.state.ema or outcome.state.params,
-            config.model,
-            mesh,
-            tokenizer=f"{config.data[0].path}/tokenizer",
-            inputs=read_from,
-            facts={"summary": summary, "row_length": config.row_length},
-        )
+        facts = {"summary": summary, "row_length": config.row_length}
+        given: Any = dict(tokenizer=f"{config.data[0].path}/tokenizer", inputs=read_from, facts=facts)
+        write_model(config, outcome, outcome.state.ema or outcome.state.params, config.model, mesh, **given)
     return summary

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlm.adapters.training import Tuned, separated, whole, with_base
+from jaxlm.adapters import training
+from jaxlm.adapters.training import Tuned, program_of, separated, whole, with_base
 from jaxlm.base import files, manifest, sharding
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.feedback.records import RankingRecord
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.finish import stopped_early, summary_with, write_model
-from jaxlm.model.attention import chosen
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
@@ -51,12 +51,11 @@ from jaxlm.reward import losses
 from jaxlm.reward.config import RewardConfig
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
-from jaxlm.train import optimizer as optimizers
 from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
-from jaxlm.train.state import Program, TrainState, abstract_rows, make_program
+from jaxlm.train.state import Program, TrainState, abstract_rows
 from jaxlm.train.update import apply_gradients, gradients_in_pieces
 from jaxlm.train.watchdog import Watchdog
 
@@ -113,22 +112,18 @@ def build(config: RewardConfig, mesh: Mesh) -> Program:
 
 
 def tune(config: RewardConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Tuned:
-    shape = dataclasses.replace(reward_shape(config, model), scan_layers=scan_layers)
-    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
-    return Tuned(config.lora, fitting, model, mesh, config.seed, functools.partial(first_params, config, model))
+    first = functools.partial(first_params, config, model)
+    return training.tune(config, mesh, model, scan_layers, reward_shape(config, model), first)
 
 
 def _build(config: RewardConfig, mesh: Mesh, tuned: Tuned) -> Program:
-    optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
-    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer)
     whole = sharding.replicated(mesh)
     pairs = {
         name: jax.ShapeDtypeStruct((config.batch_pairs,), kind, sharding=whole) for name, kind in PAIR_ARRAYS.items()
     }
     batch = {name: x for name, x in abstract_rows(mesh, config.batch_rows, config.row_length).items() if name in ROWS}
-    batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)} | tuned.abstract()
-    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=tuned.base)
-    return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
+    batch |= pairs | {"prompts": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
+    return program_of(config, train_step, tuned, batch)
 
 
 def main(config: RewardConfig) -> dict[str, Any]:
@@ -189,17 +184,9 @@ def main(config: RewardConfig) -> dict[str, Any]:
             made = tuned.merged(outcome.state.ema or outcome.state.params)
             params, before = centred(made, config, definition, reference)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
-        facts = {"summary": summary, "row_length": config.row_length, "mean_before_centring": before}
-        write_model(
-            config,
-            outcome,
-            params,
-            shape,
-            mesh,
-            tokenizer=model.folder,
-            inputs=read_from,
-            facts=facts | {"reference_answers": len(reference)},
-            chat_template=template,
-        )
+        facts = {"summary": summary, "row_length": config.row_length}
+        facts |= {"mean_before_centring": before, "reference_answers": len(reference)}
+        given: Any = dict(tokenizer=model.folder, inputs=read_from, facts=facts, chat_template=template)
+        write_model(config, outcome, params, shape, mesh, **given)
         require_centred(config, definition, reference, mesh)
     return summary

@@ -19,16 +19,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxlm.adapters.quantising import Quantising
 from jaxlm.adapters.training import Tuned, first_adapters
 from jaxlm.adapters.weights import require_targets
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
-from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
-from jaxlm.hub.finish import stopped_early, summary_with, write_model
-from jaxlm.model.lora import trained
+from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.replay.blackbox import BlackBox
@@ -234,6 +233,7 @@ def open_models(config: RLConfig, verify: bool = True) -> Directories:
         reward = model_directory.read(find_model(config.reward_model, "reward_model"), verify=verify)
     if config.lora is not None:
         require_targets(define_model(policy.config), config.lora)
+        policy, reward = Quantising.of(policy), reward and Quantising.of(reward)
     return Directories(policy, reward).checked(config)
 
 
@@ -319,22 +319,9 @@ def main(config: RLConfig) -> dict[str, Any]:
         watchdog.enter("save")
         if jax.process_index() == 0:
             draw_frontier(config.workdir)
+        tuned = Tuned(config.lora, shape, directories.policy, mesh, config.seed)
+        facts = {"summary": summary, "row_length": directories.policy.context_tokens()}
+        facts |= {"temperature": config.temperature}
         made = outcome.state.policy.ema or outcome.state.policy.params
-        if config.lora is not None:
-            peft.write(f"{config.workdir}/adapter", made, trained(models.policy), directories.policy, config.lora)
-        write_model(
-            config,
-            outcome,
-            Tuned(config.lora, shape, directories.policy, mesh, config.seed).merged(made),
-            shape,
-            mesh,
-            tokenizer=directories.policy.folder,
-            inputs=read_from,
-            facts={
-                "summary": summary,
-                "row_length": directories.policy.manifest.facts.get("row_length", 0),
-                "temperature": config.temperature,
-            },
-            chat_template=template,
-        )
+        write_tuned(config, outcome, made, tuned, mesh, inputs=read_from, facts=facts, chat_template=template)
     return summary

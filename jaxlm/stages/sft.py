@@ -11,7 +11,6 @@ below trains on the assistant's tokens and its stop tokens, nothing else. Pretra
 """
 
 import dataclasses
-import functools
 import math
 import time
 from typing import Any
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlm.adapters.training import Tuned, separated, whole, with_base
+from jaxlm.adapters.training import Tuned, program_of, separated, tune, whole, with_base
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
@@ -31,11 +30,9 @@ from jaxlm.data.loader import Loader
 from jaxlm.distill import teaching
 from jaxlm.evaluate.samples import with_samples
 from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
-from jaxlm.hub import peft
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, summary_of, write_model
+from jaxlm.hub.finish import stopped_early, summary_of, write_tuned
 from jaxlm.hub.opened import hash_of, open_model
-from jaxlm.model.attention import chosen
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.plan.flops import flops_per_token
 from jaxlm.replay.blackbox import BlackBox
@@ -43,12 +40,11 @@ from jaxlm.routing import balance
 from jaxlm.stages.config import SFTConfig
 from jaxlm.tokenizer import chat
 from jaxlm.train import losses, model_directory
-from jaxlm.train import optimizer as optimizers
 from jaxlm.train.loop import Task, compiled_step, run_identity, train
 from jaxlm.train.model_directory import ModelDirectory
 from jaxlm.train.processes import from_first
 from jaxlm.train.schedule import learning_rate
-from jaxlm.train.state import Program, TrainState, abstract_rows, make_program
+from jaxlm.train.state import Program, TrainState, abstract_rows
 from jaxlm.train.update import apply_gradients, gradients_in_pieces
 from jaxlm.train.watchdog import Watchdog
 
@@ -135,28 +131,15 @@ def build(config: SFTConfig, mesh: Mesh) -> Program:
     return _build(config, mesh, tune(config, mesh, model, model.config.scan_layers))
 
 
-def tune(config: SFTConfig, mesh: Mesh, model: ModelDirectory, scan_layers: bool) -> Tuned:
-    shape = dataclasses.replace(model.config, scan_layers=scan_layers)
-    fitting = chosen(shape, mesh.devices.flat[0].platform, config.row_length)
-    return Tuned(config.lora, fitting, model, mesh, config.seed)
-
-
 def _build(config: SFTConfig, mesh: Mesh, tuned: Tuned) -> Program:
-    optimizer = optimizers.make_optimizer(config.optimizer, tuned.trained)
     learnt = learnt_by(config, mesh, tuned.model)
-    step = functools.partial(train_step, config=config, definition=tuned.definition, optimizer=optimizer, learnt=learnt)
-    batch = abstract_rows(mesh, config.batch_rows, config.row_length) | tuned.abstract()
-    batch |= learnt.abstract(config.batch_rows)
-    base = lambda: tuned.base() | learnt.base()
-    given: dict[str, Any] = dict(rule=config.optimizer, start=tuned.start, base=base)
-    return make_program(step, tuned.trained, optimizer, batch, mesh, **given)
+    batch = abstract_rows(mesh, config.batch_rows, config.row_length) | learnt.abstract(config.batch_rows)
+    return program_of(config, train_step, tuned, batch, learnt.base, learnt=learnt)
 
 
 def learnt_by(config: SFTConfig, mesh: Mesh, model: ModelDirectory) -> teaching.CrossEntropy:
     """What the rows are learnt by: their own tokens, or a teacher's too."""
-    sizes: dict[str, int] = dict(row_length=config.row_length, vocab_size=model.config.vocab_size)
-    tokenizer = lambda: model.tokenizer().hash
-    return teaching.objective_of(config.distill, open_model, mesh, tokenizer_hash=tokenizer, **sizes)
+    return teaching.objective_of(config, open_model, mesh, model.config.vocab_size, lambda: model.tokenizer().hash)
 
 
 def main(config: SFTConfig) -> dict[str, Any]:
@@ -219,18 +202,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         if stopped_early(outcome, config.loop.stop_at_step, config.steps):
             return summary
         watchdog.enter("save")
+        facts = {"summary": summary, "row_length": config.row_length}
         made = outcome.state.ema or outcome.state.params
-        if config.lora is not None:
-            peft.write(f"{config.workdir}/adapter", made, tuned.trained, model, config.lora)
-        write_model(
-            config,
-            outcome,
-            tuned.merged(made),
-            model.config,
-            mesh,
-            tokenizer=model.folder,
-            inputs=read_from,
-            facts={"summary": summary, "row_length": config.row_length},
-            chat_template=template,
-        )
+        write_tuned(config, outcome, made, tuned, mesh, inputs=read_from, facts=facts, chat_template=template)
     return summary

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -88,10 +89,8 @@ def test_eight_devices_and_pieces_are_one(config, mesh):
 def test_its_own_teacher_teaches_nothing(config, teacher):
     """A student that starts as the teacher: divergence 0, no gradient; the cross-entropy is as without a teacher."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    of = DistillConfig(teacher=teacher, weight=1.0)
-    learnt = teaching.objective_of(
-        of, open_model, mesh, row_length=64, vocab_size=288, tokenizer_hash=open_model(teacher).tokenizer().hash.__str__
-    )
+    stage = dataclasses.replace(config, distill=DistillConfig(teacher=teacher, weight=1.0), row_length=64)
+    learnt = teaching.objective_of(stage, open_model, mesh, 288, lambda: open_model(teacher).tokenizer().hash)
     theirs = learnt.base()["teacher"]
     batch = {
         k: jnp.asarray(v)
@@ -197,8 +196,9 @@ def test_instruction_tuning_with_adapters(teacher, packed_rows, tmp_path):
 def test_teachers_of_other_formats_and_other_tokens():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     config, own = DistillConfig(teacher=str(GGUF)), open_model(GGUF).tokenizer().hash
-    make = lambda config=config, hash=own, **sizes: teaching.objective_of(
-        config, open_model, mesh, **({"row_length": 32, "vocab_size": 330} | sizes), tokenizer_hash=lambda: hash
+    stage = lambda config: types.SimpleNamespace(distill=config, row_length=32)
+    make = lambda vocab_size, config=config, hash=own: teaching.objective_of(
+        stage(config), open_model, mesh, vocab_size, lambda: hash
     )
     size = open_model(GGUF).config.vocab_size
     assert make(vocab_size=size).base()["teacher"]["embedding"].shape == (size, 32)

@@ -12,6 +12,7 @@ from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data.config import ChatSource
+from jaxlm.model import quantised
 from jaxlm.model.config import LoRAConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.stages import sft
@@ -106,6 +107,32 @@ def test_only_adapters_are_kept_and_the_model_is_the_merged_one(config, base):
     np.testing.assert_array_equal(after["stack"]["0"]["mlp_norm"]["scale"], before["stack"]["0"]["mlp_norm"]["scale"])
 
 
+@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_the_model_over_a_quantised_base_is_the_one_that_was_trained(config, base, kind):
+    config = dataclasses.replace(config, lora=LoRAConfig(rank=4, base=kind), optimizer=OptimizerConfig(epsilon=1e-3))
+    sft.main(config)
+    kept = arrays_of(config.workdir, 3)
+    assert all("_lora_" in name for name in kept if name.startswith("params/"))
+    before, after = params_of(f"{base}/model"), params_of(f"{config.workdir}/model")
+    for part, name in (("attention", "query"), ("mlp", "down")):
+        a, b = (kept[f"params/stack/0/{part}/{name}_lora_{x}"] for x in "ab")
+        stored = quantised.dequantised(*quantised.quantise(before["stack"]["0"][part][name], kind))
+        change = config.lora.scale * np.einsum("ldr,lrf->ldf", a, b)
+        np.testing.assert_allclose(after["stack"]["0"][part][name], stored + change, atol=1e-6)
+        assert np.abs(np.asarray(stored) - before["stack"]["0"][part][name]).max() > 1e-4
+    np.testing.assert_array_equal(after["embedding"], before["embedding"])
+    # What the run measured last is what the written model has.
+    measured = [line["eval/loss"] for line in lines_of(config.workdir) if "eval/loss" in line][-1]
+    model = model_directory.read(f"{config.workdir}/model")
+    again = dataclasses.replace(config, workdir=f"{config.workdir}-again", model=config.workdir, lora=None)
+    again = dataclasses.replace(again, schedule=ScheduleConfig(peak=1e-9, warmup_steps=0), steps=1)
+    again = dataclasses.replace(again, optimizer=OptimizerConfig(weight_decay=0.0))
+    sft.main(dataclasses.replace(again, loop=dataclasses.replace(config.loop, evaluate_every_steps=1)))
+    told = [line["eval/loss"] for line in lines_of(again.workdir) if "eval/loss" in line][-1]
+    assert model.config.width == 32
+    assert told == pytest.approx(measured, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_with_its_own_base_only(config, base, tmp_path, packed_rows):
     sft.main(dataclasses.replace(config, loop=dataclasses.replace(config.loop, stop_at_step=2)))
@@ -146,7 +173,13 @@ def stepped(program, tuned, made, steps=2):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(LoRAConfig(rank=4), marks=pytest.mark.slow), DROPPED], ids=["lora", "dora"]
+    "kind",
+    [
+        pytest.param(LoRAConfig(rank=4), marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(DROPPED, base="int8"), marks=pytest.mark.slow),
+        dataclasses.replace(DROPPED, base="nf4"),
+    ],
+    ids=["lora", "dora over int8", "dora over nf4"],
 )
 def test_eight_devices_are_one(program, kind):
     one, measured = stepped(*program(kind))

@@ -389,12 +389,15 @@ def test_records_keep_what_the_stages_share(config):
         assert targets.tolist() == [False] * prompt.prefix + [True] * (len(ids) - prompt.prefix)
 
 
-@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
-def test_under_adapters_the_reference_is_the_base_itself(config, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "lies"),
+    [("dpo", "nf4"), *(pytest.param(method, "compute", marks=pytest.mark.slow) for method in ("dpo", "kto"))],
+)
+def test_under_adapters_the_reference_is_the_base_itself(config, monkeypatch, method, lies):
     config = other(
         config,
         **METHODS[method],
-        lora=LoRAConfig(rank=2),
+        lora=LoRAConfig(rank=2, base=lies),
         steps=2,
         accumulate=2,
         mesh=MeshConfig(fsdp=4, data=1, tensor=2),

@@ -730,9 +730,9 @@ def test_two_processes_stop_and_go_on(runner, never_stopped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, monkeypatch):
-    config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dora=method == "grpo"), steps=2)
+@pytest.mark.parametrize(("method", "base"), [("ppo", "compute"), ("ppo", "nf4"), ("grpo", "int8")])
+def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, base, monkeypatch):
+    config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dora=method == "grpo", base=base), steps=2)
     config = config if method == "ppo" else with_grpo(config)
     read, seen = [], []
     load = model_directory.ModelDirectory.load_params

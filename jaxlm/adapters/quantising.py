@@ -1,0 +1,62 @@
+"""Models whose frozen matrices are quantised while they are read."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.model.config import Base
+from jaxlm.model.lora import joined
+from jaxlm.model.quantised import quantise
+from jaxlm.model.weights import Definition, Params, Weight
+from jaxlm.train.model_directory import ModelDirectory
+
+BASES: dict[Any, Base] = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.uint8): "nf4"}
+
+
+class Quantising(ModelDirectory):
+    """A model directory that gives codes and scales where a definition asks for them. One weight (all layers of it,
+    where they are stacked) is whole in memory at a time."""
+
+    @classmethod
+    def of(cls, model: ModelDirectory) -> "Quantising":
+        return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
+
+    def load_params(self, definition: Definition, shardings: Any = None, *, part: Definition | None = None) -> Params:
+        stored, wanted = _whole(definition), part or definition
+        coded = [(path, w) for path, w in wanted if w.dtype in BASES]
+        kept = _whole(wanted.part(lambda w: not is_quantised(w)))
+        params = super().load_params(stored, shardings, part=kept)
+        for path, declared in coded:
+            one = _whole(dataclasses.replace(wanted, weights=((path, declared),)))
+            node = read = super().load_params(stored, shardings, part=one)
+            placed = shardings
+            for step in path[:-1]:
+                node, placed = node[step], placed and placed[step]
+            name, scales = path[-1], f"{path[-1]}_scale"
+            where = placed and (placed[name], placed[scales])
+            make = functools.partial(quantise, base=BASES[declared.dtype])
+            node[name], node[scales] = jax.jit(make, out_shardings=where)(node[name])
+            params = joined(params, read)
+        return params
+
+
+def is_quantised(declared: Weight) -> bool:
+    """Whether it is the codes or the scales of a matrix."""
+    return declared.dtype in BASES or declared.name.endswith("_scale")
+
+
+def _whole(definition: Definition) -> Definition:
+    """The same with its matrices as they are stored, float32 and without scales."""
+
+    def stored(declared: Weight) -> Weight:
+        if declared.dtype not in BASES:
+            return declared
+        *first, rows, columns = declared.shape
+        rows *= 2 if BASES[declared.dtype] == "nf4" else 1
+        return dataclasses.replace(declared, shape=(*first, rows, columns), dtype=jnp.dtype(jnp.float32), matrix=True)
+
+    kept = tuple((path, stored(w)) for path, w in definition if w.dtype in BASES or not is_quantised(w))
+    return dataclasses.replace(definition, weights=kept)

@@ -1,0 +1,104 @@
+"""Frozen matrices in 8 or 4 bits, made whole layer by layer as they are used: the base of QLoRA (arXiv:2305.14314).
+
+In place of a matrix W [in, out] its module has codes under the same name and float32 scales, weights like others:
+
+    int8    query int8 [in, out], query_scale [1, out]: W = scale · code, the largest of a column at ±127
+    nf4     query uint8 [in / 2, out], the codes of rows 2i and 2i + 1 in the low and the high half of a byte;
+            query_scale [in / 64 rounded up, out]: W = scale · LEVELS[code], the largest of 64 rows of a column at ±1
+
+A whole matrix lives while its layer runs, forward and backward; libraries that quantise a finished tree of parameters
+make all layers' before the scan over them begins. Scales are not quantised a second time: nf4 takes 4.5 bits a number.
+"""
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.base import precision
+from jaxlm.base.arrays import Array
+from jaxlm.base.errors import ConfigError
+from jaxlm.model.config import Base
+from jaxlm.model.weights import Constant, weight
+
+BLOCK = 64
+# Of NF4, exactly (appendix E of the paper): quantiles of a normal distribution, 0 and both ends among them.
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def declare(part: nnx.Module, base: Base) -> None:
+    """Declares codes and scales in place of a part's matrices; adapters stay."""
+    for name, value in list(vars(part).items()):
+        if (
+            base == "compute"
+            or "_lora_" in name
+            or not isinstance(value, nnx.Param)
+            or not value.get_metadata()["matrix"]
+        ):
+            continue
+        (D, F), (rows, columns) = value.get_value().shape, value.get_metadata()["axes"]
+        if base == "nf4" and D % 2:
+            raise ConfigError("lora.base", f"nf4 keeps two rows in a byte, and {name} has {D}; take int8")
+        kind, stored, blocks = (jnp.int8, D, 1) if base == "int8" else (jnp.uint8, D // 2, -(-D // BLOCK))
+        setattr(part, name, weight((stored, F), (rows, columns), Constant(0), kind=kind))
+        setattr(part, f"{name}_scale", weight((blocks, F), ("blocks", columns), Constant(1.0)))
+
+
+def quantise(kernel: Array, base: Base) -> tuple[Array, Array]:
+    """(codes, scales) of a matrix, or of several along first axes; the nearest of what there is."""
+    kernel = kernel.astype(jnp.float32)
+    *first, D, F = kernel.shape
+    size = D if base == "int8" else BLOCK
+    blocks = jnp.pad(kernel, [(0, 0)] * len(first) + [(0, -D % size), (0, 0)]).reshape(*first, -1, size, F)
+    scale = jnp.max(jnp.abs(blocks), axis=-2) / (127 if base == "int8" else 1)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    scaled = (blocks / scale[..., None, :]).reshape(*first, -1, F)[..., :D, :]
+    if base == "int8":
+        return jnp.round(scaled).astype(jnp.int8), scale
+    codes = jnp.zeros(scaled.shape, jnp.uint8)
+    for low, high in itertools.pairwise(LEVELS):
+        codes += (scaled > (low + high) / 2).astype(jnp.uint8)
+    return codes[..., ::2, :] | codes[..., 1::2, :] << 4, scale
+
+
+def dequantised(codes: Array, scale: Array) -> Array:
+    """The matrix, float32 `[..., in, out]`."""
+    if codes.dtype == jnp.int8:
+        return codes.astype(jnp.float32) * scale
+    each = jnp.stack([codes & 15, codes >> 4], axis=-2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
+    found = jnp.full(each.shape, LEVELS[0], jnp.float32)
+    for code, level in enumerate(LEVELS[1:], 1):  # elementwise, where a look-up would be a gather
+        found = jnp.where(each >= code, level, found)
+    return found * jnp.repeat(scale, BLOCK, axis=-2)[..., : each.shape[-2], :]
+
+
+def matrix(held: Mapping[str, Any], name: str) -> Array:
+    """The matrix of that name among a part's arrays, made whole where it is quantised."""
+    scale = held.get(f"{name}_scale")
+    return held[name] if scale is None else dequantised(held[name], scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(x: Array, codes: Array, scale: Array, compute: precision.Compute) -> Array:
+    """`x[..., in] @ W`, float32; x of the compute type. For its gradient, codes and scales are kept, and not W."""
+    return precision.matmul(x, dequantised(codes, scale), compute, wide=True)
+
+
+def _forward(x: Array, codes: Array, scale: Array, compute: precision.Compute) -> Any:
+    return product(x, codes, scale, compute), (codes, scale)
+
+
+def _backward(compute: precision.Compute, saved: tuple[Array, Array], towards: Array) -> tuple[Array, None, None]:
+    kernel = dequantised(*saved).astype(precision.dtype(compute))
+    return precision.matmul(towards, precision.swapped(kernel), compute), None, None
+
+
+product.defvjp(_forward, _backward)

@@ -1,0 +1,160 @@
+"""Frozen matrices in 8 and 4 bits: what a code says, how near it is, and what a step keeps in memory of it."""
+
+import dataclasses
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.adapters import weights
+from jaxlm.base.errors import ConfigError
+from jaxlm.model import layout, lora, quantised
+from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
+from jaxlm.model.transformer import define_model, for_inference
+from jaxlm.model.weights import apply, initialize
+
+SHAPE = ModelConfig(
+    vocab_size=37, layers=3, width=16, heads=4, kv_heads=2, feed_forward=72, biases=("qkv",), compute="float32"
+).complete()
+IDS = jax.random.randint(jax.random.key(0), (2, 9), 0, 37)
+BASES = ("int8", "nf4")
+
+
+def test_the_levels_are_those_of_the_paper():
+    """Its construction: quantiles of the normal distribution at 8 and 9 even steps to either side, scaled to 1."""
+    quantile = np.vectorize(statistics.NormalDist().inv_cdf)
+    offset = (1 - 1 / 30 + 1 - 1 / 32) / 2
+    above, below = quantile(np.linspace(offset, 0.5, 9)[:-1]), -quantile(np.linspace(offset, 0.5, 8)[:-1])
+    expected = np.sort(np.concatenate([above, [0.0], below]))
+    np.testing.assert_allclose(quantised.LEVELS, expected / np.abs(expected).max(), atol=3e-7)
+
+
+def test_codes_by_hand():
+    column = jnp.array([[-4.0], [2.0], [0.3], [0.0]])
+    codes, scale = quantised.quantise(column, "int8")
+    assert codes.dtype == jnp.int8
+    np.testing.assert_array_equal(codes[:, 0], [-127, 64, 10, 0])  # 63.5 to the even one, 9.525 up
+    np.testing.assert_allclose(scale, [[4 / 127]])
+    codes, scale = quantised.quantise(column, "nf4")
+    assert (codes.dtype, codes.shape, scale.shape) == (jnp.uint8, (2, 1), (1, 1))
+    # -1 is code 0; .5 lies nearer to .4407 (12) than to .5626 (13); .075 is nearest to .0796 (8); 0 is 7.
+    np.testing.assert_array_equal(codes[:, 0], [0 | 12 << 4, 8 | 7 << 4])
+    levels = np.array(quantised.LEVELS, np.float32)
+    np.testing.assert_array_equal(quantised.dequantised(codes, scale)[:, 0], 4 * levels[[0, 12, 8, 7]])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("rows", [2, 64, 70, 192])
+def test_what_is_quantised_is_near_and_its_own_quantisation(base, rows):
+    kernel = jax.random.normal(jax.random.key(1), (3, rows, 5)).at[1, :, 2].set(0.0)
+    codes, scale = quantised.quantise(kernel, base)
+    whole = quantised.dequantised(codes, scale)
+    assert whole.shape == kernel.shape
+    block = rows if base == "int8" else 64
+    for first in range(0, rows, block):
+        part, near = kernel[:, first : first + block], whole[:, first : first + block]
+        largest = jnp.max(jnp.abs(part), axis=1, keepdims=True)
+        # Half of the widest step: 1/127 of the largest number, or from -1 to -.696.
+        step = 0.5 / 127 if base == "int8" else 0.5 * (1 - 0.6961928)
+        assert jnp.all(jnp.abs(part - near) <= step * largest * 1.0001)
+    np.testing.assert_array_equal(whole[1, :, 2], 0.0)
+    again, _ = quantised.quantise(whole, base)
+    np.testing.assert_array_equal(again, codes)
+
+
+def test_an_odd_row_has_no_half_byte():
+    shape = dataclasses.replace(SHAPE, feed_forward=71)
+    with pytest.raises(ConfigError, match=r"lora\.base: nf4 keeps two rows in a byte, and down has 71"):
+        define_model(adapted(shape, LoRAConfig(base="nf4")))
+
+
+def both(kind: LoRAConfig, shape: ModelConfig = SHAPE):
+    """((definition, parameters) over codes, the same over the matrices that the codes stand for)."""
+    plain = define_model(shape)
+    base = initialize(plain, 0)
+    coded = define_model(adapted(shape, kind))
+    whole = define_model(adapted(shape, dataclasses.replace(kind, base="compute")))
+
+    def split(tree, declared):
+        made, wholes = {}, {}
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                made[name], wholes[name] = split(value, declared[name])
+            elif f"{name}_scale" in declared:
+                made[name], made[f"{name}_scale"] = quantised.quantise(value, kind.base)
+                wholes[name] = quantised.dequantised(made[name], made[f"{name}_scale"])
+            else:
+                made[name] = wholes[name] = value
+        return made, wholes
+
+    codes, wholes = split(base, coded.abstract())
+    begun = weights.with_magnitudes(initialize(coded.part(lora.is_adapter), 1), wholes)
+    over_codes = weights.with_magnitudes(initialize(coded.part(lora.is_adapter), 1), codes)
+    jax.tree.map(np.testing.assert_array_equal, over_codes, begun)
+    noise = lambda path, x: x + 0.1 * jax.random.normal(jax.random.key(len(jax.tree_util.keystr(path))), x.shape)
+    changes = jax.tree_util.tree_map_with_path(noise, begun)
+    return (coded, codes), (whole, wholes), changes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(definition, base, changes, ids=IDS):
+    ones = jnp.ones_like(ids)
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    params = lora.joined(base, changes)
+    return apply(definition, params, lambda m: m.logits(m(ids, ones, places)[0]))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_model_over_codes_is_the_model_over_what_they_stand_for(base, dora):
+    coded, whole, changes = both(LoRAConfig(rank=3, alpha=7.0, dora=dora, base=base))
+    np.testing.assert_allclose(logits(*coded, changes), logits(*whole, changes), atol=2e-6)
+    loss = lambda definition, base: lambda changes: jnp.sum(jnp.sin(logits(definition, base, changes)))
+    ours, theirs = (jax.grad(loss(*one))(changes) for one in (coded, whole))
+    for (path, ours_), theirs_ in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(ours_, theirs_, atol=2e-5 * float(jnp.max(jnp.abs(theirs_)) + 1), err_msg=str(path))
+    # And the plain model that is made of it.
+    config = LoRAConfig(rank=3, alpha=7.0, dora=dora)
+    merged = weights.merged(lora.joined(coded[1], changes), config)
+    np.testing.assert_allclose(logits(define_model(SHAPE), merged, {}), logits(*coded, changes), atol=1e-4)
+
+
+def test_unrolled_and_in_the_compute_type():
+    shape = dataclasses.replace(SHAPE, compute="bfloat16")
+    kind = LoRAConfig(rank=3, base="nf4")
+    coded, _, changes = both(kind, dataclasses.replace(shape, compute="float32"))
+    config, definition = for_inference(adapted(shape, kind))
+    params = layout.unroll(lora.joined(coded[1], changes), config)
+    like = definition.abstract()
+    params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, like)
+    kept = params["layers"]["1"]["attention"]
+    assert (kept["query"].dtype, kept["query_scale"].dtype) == (jnp.uint8, jnp.float32)
+    np.testing.assert_allclose(logits(definition, params, {}), logits(*coded, changes), atol=0.15)
+
+
+def bytes_of_a_step(kind: LoRAConfig, remat: str) -> tuple[int, int, int]:
+    """(of the frozen base, of temporaries, of one layer's matrices in the compute type)."""
+    shape = dataclasses.replace(SHAPE, layers=12, width=256, heads=4, kv_heads=4, feed_forward=768, head_size=64)
+    shape = dataclasses.replace(shape, compute="bfloat16", remat=remat, vocab_size=64).complete()
+    definition = define_model(adapted(shape, kind), jnp.bfloat16)
+    frozen = define_model(adapted(shape, kind, adapters=False), jnp.bfloat16).abstract()
+    changes = definition.part(lora.is_adapter).abstract()
+    ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    loss = lambda changes, base, ids: jnp.sum(logits(definition, base, changes, ids % 64))
+    found = jax.jit(jax.grad(loss)).lower(changes, frozen, ids).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    return size, found.temp_size_in_bytes, 2 * (4 * 256 * 256 + 3 * 256 * 768)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_step_holds_all_layers_whole(remat):
+    """The gradient of a scan would keep every layer's matrix, made whole, for the way back."""
+    of_compute, temporary, layer = bytes_of_a_step(LoRAConfig(rank=2), remat)
+    for base, share in (("int8", 0.52), ("nf4", 0.30)):
+        size, more, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat)
+        assert size < share * of_compute
+        # Codes alone, and one layer at a time: float32 and the compute type, and their turned form.
+        assert more < temporary + 4 * layer + size
