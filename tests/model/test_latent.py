@@ -59,7 +59,7 @@ def test_a_token_costs_the_cache_its_latent_and_one_key():
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(cache.layers)) == 3 * 2 * 5 * (8 + 4)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_adapters_on_all_matrices_cached_and_merged(dora):
     config = LoRAConfig(rank=3, alpha=7.0, dora=dora)
     whole = define_model(adapted(CONFIG, config))
@@ -74,7 +74,14 @@ def test_adapters_on_all_matrices_cached_and_merged(dora):
     np.testing.assert_allclose(hidden(define_model(CONFIG), merged(params, config)), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"expert": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        *(pytest.param(axes, marks=pytest.mark.slow) for axes in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2})),
+        {"expert": 2, "tensor": 4},
+    ],
+    ids=str,
+)
 def test_eight_devices_equal_one(axes):
     definition = define_model(CONFIG)
     params = initialize(definition, 0)

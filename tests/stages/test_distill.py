@@ -77,7 +77,9 @@ def close(a, b, tolerance=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a[0].params, b[0].params)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(MeshConfig(data=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
+)
 def test_eight_devices_and_pieces_are_one(config, mesh):
     one = steps(config, MeshConfig())
     close(one, steps(config, mesh))
@@ -112,6 +114,7 @@ def stored(config: PretrainConfig, folder: Path, k: int) -> PretrainConfig:
     return dataclasses.replace(config, distill=dataclasses.replace(distill, teacher="", stored=str(folder)))
 
 
+@pytest.mark.slow
 def test_stored_is_as_live(config, tmp_path, monkeypatch):
     live = dataclasses.replace(config, distill=dataclasses.replace(config.distill, top_k=6))
     kept = stored(config, tmp_path / "kept", 6)
@@ -149,6 +152,7 @@ def test_stored_is_as_live(config, tmp_path, monkeypatch):
         pretrain.main(again)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(config, teacher, tmp_path):
     whole = dataclasses.replace(config, workdir=str(tmp_path / "whole"))
     pretrain.main(whole)
@@ -171,6 +175,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, teacher, tmp_path):
     assert [line for line in a if "train/loss" in line] == [line for line in b if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_instruction_tuning_with_adapters(teacher, packed_rows, tmp_path):
     """The frozen base and the teacher in one batch."""
     chats = [{"prompt": f"{n}?", "completion": str(n + 1)} for n in range(40)]

@@ -99,7 +99,7 @@ def same(run, capacity):
     ("capacity", "mesh"),
     [
         pytest.param(0.0, MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
-        (0.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+        pytest.param(0.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2), marks=pytest.mark.slow),
         pytest.param(1.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -214,6 +214,7 @@ def test_a_toy_comes_into_balance(way):
     assert helped < left - 0.2
 
 
+@pytest.mark.slow
 def test_sft_has_the_same_losses():
     """Its step's gradient is that of pretraining's without a z-loss on the logits, prompts routed though no target."""
     config = SFTConfig(

@@ -143,6 +143,7 @@ def test_the_loss_is_that_of_the_missing_words_alone(one_device):
     assert 0.1 < batch["loss_mask"].sum() / (batch["segment_ids"] > 0).sum() < 0.2
 
 
+@pytest.mark.slow
 def test_overfits_one_batch_of_missing_words(one_device):
     config = dataclasses.replace(one_device[0], steps=100, optimizer=OptimizerConfig(weight_decay=0.0))
     config = dataclasses.replace(config, schedule=ScheduleConfig(peak=1e-2, warmup_steps=10))
@@ -160,6 +161,7 @@ def stopped_and_continued(config):
     return again.workdir
 
 
+@pytest.mark.slow
 def test_missing_words_from_rows_to_vectors_and_to_bert(config, tmp_path):
     """A whole run; its figures; the same after a stop, bit for bit; its model as BERT, and back."""
     summary = pretrain.main(config)
@@ -186,6 +188,7 @@ def test_missing_words_from_rows_to_vectors_and_to_bert(config, tmp_path):
         lm.generate(["the cat"])
 
 
+@pytest.mark.slow
 def test_rearranged_documents_from_rows_to_a_model_that_speaks(config):
     """Bits per byte are those of plain rows; the order of the data is the same; a stop changes no bit."""
     config = dataclasses.replace(config, model=DECODER, objective=MIDDLE)

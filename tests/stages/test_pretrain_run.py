@@ -48,6 +48,7 @@ def lines(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_what_it_says_at_each_evaluation_is_kept_once_and_shown(config):
     config = dataclasses.replace(config, sample_prompts=("the cat", "a <b>dog"))
 
@@ -206,6 +207,7 @@ def test_the_plateau_needs_held_out_rows(config, packed_rows, tmp_path):
     assert not any("eval/loss" in line for line in lines(config))
 
 
+@pytest.mark.slow
 def test_weights_that_change_on_the_way_are_kept_with_the_checkpoint(config, packed_rows):
     def go_on(weights, stop_at_step=0, workdir=config.workdir):
         sources = tuple(MixtureSource(path=packed_rows, weight=weight) for weight in weights)

@@ -150,7 +150,12 @@ def steps_on(config, mesh: MeshConfig, devices: list) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
+    "mesh",
+    [
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (MeshConfig(data=8), MeshConfig(data=1, fsdp=8))),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+    ],
+    ids=str,
 )
 def test_eight_devices_learn_what_one_learns(config, mesh):
     one, measured = steps_on(config, MeshConfig(), jax.devices()[:1])

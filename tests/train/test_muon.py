@@ -23,7 +23,7 @@ def random_like(tree, seed):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), tree)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_in_float32_it_is_optax_own(scan):
     definition = define_model(dataclasses.replace(MODEL, scan_layers=scan))
     params = initialize(definition, 0)
