@@ -92,7 +92,9 @@ def test_an_encoder_has_no_cache():
 GRADIENTS = sorted(path.parent.name for path in FIXTURES.glob("*/gradients.safetensors"))
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize(
+    "name", [name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in GRADIENTS]
+)
 def test_gradients_are_those_of_torch(name, tmp_path):
     compare_gradients(FIXTURES / name, tmp_path)
 

@@ -210,6 +210,7 @@ DEEP = dataclasses.replace(
 ).complete()
 
 
+@pytest.mark.slow
 def test_layers_with_and_without_experts_scanned_and_unrolled():
     assert DEEP.groups() == (1, 2, 5)
     assert [DEEP.has_experts(layer) for layer in range(6)] == [False, True] * 3

@@ -59,7 +59,8 @@ def test_a_token_costs_the_cache_its_latent_and_one_key():
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(cache.layers)) == 3 * 2 * 5 * (8 + 4)
 
 
-@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("dora", [False, True])
 def test_adapters_on_all_matrices_cached_and_merged(dora):
     config = LoRAConfig(rank=3, alpha=7.0, dora=dora)
     whole = define_model(adapted(CONFIG, config))

@@ -107,8 +107,13 @@ def logits(definition, base, changes, ids=IDS):
     return apply(definition, params, lambda m: m.logits(m(ids, ones, places)[0]))
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("base", "dora"),
+    [
+        ("nf4", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("nf4", False), ("int8", False), ("int8", True))),
+    ],
+)
 def test_a_model_over_codes_is_the_model_over_what_they_stand_for(base, dora):
     coded, whole, changes = both(LoRAConfig(rank=3, alpha=7.0, dora=dora, base=base))
     np.testing.assert_allclose(logits(*coded, changes), logits(*whole, changes), atol=2e-6)
@@ -149,7 +154,7 @@ def bytes_of_a_step(kind: LoRAConfig, remat: str) -> tuple[int, int, int]:
     return size, found.temp_size_in_bytes, 2 * (4 * 256 * 256 + 3 * 256 * 768)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_no_step_holds_all_layers_whole(remat):
     """The gradient of a scan would keep every layer's matrix, made whole, for the way back."""
     of_compute, temporary, layer = bytes_of_a_step(LoRAConfig(rank=2), remat)

@@ -66,6 +66,7 @@ def test_scores_are_a_product_in_float32():
         np.testing.assert_allclose(one, got[1, 2], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_unrolled_equals_scanned():
     params = initialize(define_model(REWARD), 1)
     unrolled = dataclasses.replace(REWARD, scan_layers=False)

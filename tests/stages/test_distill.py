@@ -77,9 +77,8 @@ def close(a, b, tolerance=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a[0].params, b[0].params)
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(MeshConfig(data=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
 def test_eight_devices_and_pieces_are_one(config, mesh):
     one = steps(config, MeshConfig())
     close(one, steps(config, mesh))

@@ -172,11 +172,12 @@ def stepped(program, tuned, made, steps=2):
     return state, measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(LoRAConfig(rank=4), marks=pytest.mark.slow),
-        pytest.param(dataclasses.replace(DROPPED, base="int8"), marks=pytest.mark.slow),
+        LoRAConfig(rank=4),
+        dataclasses.replace(DROPPED, base="int8"),
         dataclasses.replace(DROPPED, base="nf4"),
     ],
     ids=["lora", "dora over int8", "dora over nf4"],
@@ -214,7 +215,8 @@ def test_no_gradient_of_the_base_is_computed(program):
     assert products(LoRAConfig(rank=1)) < 0.8 * products(None)
 
 
-@pytest.mark.parametrize("compute", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_step_zero_is_the_base(program, compute):
     """Also where the base lies in bfloat16: its products are taken in that anyway."""
     _, alone = stepped(*program(None, compute=compute), steps=1)

@@ -120,13 +120,12 @@ def assert_close(a: Any, b: Any) -> None:
 MESHES = MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8), MeshConfig(data=1, fsdp=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mesh"),
     [
-        ("kto", MESHES[0]),
-        *(pytest.param("kto", mesh, marks=pytest.mark.slow) for mesh in MESHES[1:]),
-        *(pytest.param("dpo", mesh, marks=pytest.mark.slow) for mesh in MESHES),
-        *(pytest.param(method, MESHES[0], marks=pytest.mark.slow) for method in ("ipo", "orpo", "simpo")),
+        *((method, mesh) for method in ("dpo", "kto") for mesh in MESHES),
+        *((method, MESHES[0]) for method in ("ipo", "orpo", "simpo")),
     ],
     ids=str,
 )

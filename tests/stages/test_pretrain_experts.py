@@ -95,12 +95,13 @@ def same(run, capacity):
     assert (alone[0]["train/dropped_tokens"] > 0.02) == (capacity > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capacity", "mesh"),
     [
-        pytest.param(0.0, MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
-        pytest.param(0.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2), marks=pytest.mark.slow),
-        pytest.param(1.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2), marks=pytest.mark.slow),
+        (0.0, MeshConfig(data=2, expert=4)),
+        (0.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+        (1.0, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
     ],
     ids=str,
 )
@@ -108,7 +109,8 @@ def test_eight_devices_equal_one(capacity, mesh):
     same(run(with_experts(CONFIG, capacity=capacity, choice_bias=True), mesh), capacity)
 
 
-@pytest.mark.parametrize("capacity", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_accumulated_equals_one_big_batch(capacity):
     """The load-balancing loss is the whole batch's, of which no piece knows the load."""
     config = with_experts(CONFIG, capacity=capacity, choice_bias=True)
@@ -122,9 +124,8 @@ def test_unrolled_equals_scanned():
     same((state._replace(params=convert_layout(state.params, config.model, stacked=True)), history), 0.0)
 
 
-@pytest.mark.parametrize(
-    "kind", ["adafactor", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("muon", "soap"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adafactor", "muon", "soap"])
 def test_an_experts_matrix_is_updated_as_one_that_lies_alone(kind):
     """[L, E, D, F] stacked = each [D, F] by itself, as a dense model's MLP has it."""
     definition = define_model(MODEL)
