@@ -32,7 +32,7 @@ from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Definition, Params, Weight
 from jaxlm.tokenizer.chat import ChatTemplate
 from jaxlm.tokenizer.tokenizer import Tokenizer
-from jaxlm.train import model_directory
+from jaxlm.train import model_directory, tensor_files
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": precision.dtype("bfloat16")}
@@ -280,19 +280,17 @@ class HuggingFaceDirectory:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
-        """Tensor name, with its prefix → its slice object in the mapped file: nothing is read."""
-        with contextlib.ExitStack() as opened:
-            stored: dict[str, Any] = {}
-            for file in self._shards():
-                path = self.folder / file
-                if not path.exists():
-                    raise UserError(f"{path}: is missing, though {INDEX} names it")
-                try:
-                    shard = opened.enter_context(safetensors.safe_open(path, framework="np"))
-                    stored |= {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-                except (safetensors.SafetensorError, OSError) as error:
-                    raise UserError(f"{path}: is not a sound safetensors file: {error}") from None
-            yield self._named(stored)
+        """Tensor name, with its prefix → what gives slices of it: nothing is read."""
+        stored, read = dict[str, Any](), tensor_files.reader()
+        for file in self._shards():
+            path = self.folder / file
+            if not path.exists():
+                raise UserError(f"{path}: is missing, though {INDEX} names it")
+            try:
+                stored |= read(path)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f"{path}: is not a sound safetensors file: {error}") from None
+        yield self._named(stored)
 
     def _named(self, stored: dict[str, Any]) -> dict[str, Any]:
         """The names of the config's class: a bare decoder's lack the prefix, GPT-NeoX's head has two names, and BERT's

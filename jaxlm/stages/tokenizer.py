@@ -6,9 +6,7 @@ Time: for 8192 tokens and 4 MB of text on 2 cores, BPE takes 3 seconds and unigr
 (or byte_tokenizer.json) and manifest.json, whose facts hold the bytes of UTF-8 that a token stands for, on both splits.
 """
 
-import hashlib
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -16,6 +14,7 @@ from etils import epath
 from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest
 from jaxlm.base.errors import Refused
+from jaxlm.evaluate.tokenization import measure, sample
 from jaxlm.text import documents
 from jaxlm.tokenizer.byte import ByteTokenizer
 from jaxlm.tokenizer.config import BASIC_TOKENS, TokenizerConfig
@@ -62,7 +61,7 @@ def main(config: TokenizerConfig) -> dict[str, Any]:
     else:
         tokenizer = load(config.path)
 
-    measured = {split: _measure(tokenizer, texts) for split, texts in samples.items() if texts}
+    measured = {split: measure(tokenizer, texts) for split, texts in samples.items() if texts}
     lossy = sum(m["documents_changed"] for m in measured.values())
     if lossy and config.kind != "existing":
         raise Refused(f"tokenizer: {lossy} documents do not decode to what was encoded; this is a defect of jaxlm")
@@ -89,33 +88,3 @@ def main(config: TokenizerConfig) -> dict[str, Any]:
         workdir, "tokenizer", contents=contents, inputs=read_from, config=configs.identity(config), facts=facts
     )
     return summary
-
-
-def sample(source: Iterable[documents.Document], total_bytes: int, sample_bytes: int, seed: int) -> list[str]:
-    """Texts of about `sample_bytes` in all, each chosen by a hash of the seed and its id."""
-    limit = min(1.0, sample_bytes / max(1, total_bytes)) * 2**64
-
-    def chosen(document: documents.Document) -> bool:
-        digest = hashlib.blake2b(f"{seed} {document.id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < limit
-
-    return [document.text for document in source if chosen(document)]
-
-
-def _measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
-    """Bytes a token over whole documents, and how many of these do not come back as they were."""
-    size = tokens = changed = 0
-    with logging.progress("measure", len(texts)) as progress:
-        for text in texts:
-            ids = tokenizer.encode(text)
-            changed += tokenizer.decode(ids) != text
-            size += len(text.encode())
-            tokens += len(ids)
-            progress.advance(1)
-    return {
-        "documents": len(texts),
-        "documents_changed": changed,
-        "bytes": size,
-        "tokens": tokens,
-        "bytes_per_token": size / tokens,
-    }

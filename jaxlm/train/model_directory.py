@@ -90,7 +90,7 @@ class ModelDirectory:
             return build(part or definition, tensors, shardings)
 
     def open_tensors(self, opened: contextlib.ExitStack) -> dict[str, Any]:
-        """Tensor name → its slice object in the mapped file: shape and type are known, nothing is read."""
+        """Tensor name → what gives slices of it: shape and type are known, nothing is read."""
         folder = self.folder / "params"
         if "://" in str(folder):  # files are mapped into memory, which takes local ones
             local = epath.Path(opened.enter_context(tempfile.TemporaryDirectory()))
@@ -101,13 +101,12 @@ class ModelDirectory:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict):
             raise UserError(f"{self.folder}/params/{INDEX}: has no weight_map; was it edited?")
-        tensors = {}
+        tensors, read = {}, tensor_files.reader()
         for file in sorted(set(map(str, weight_map.values()))):
             if f"params/{file}" not in self.manifest.files:
                 raise UserError(f"{self.folder}/params/{INDEX}: names {file!r}, which the manifest does not list")
             try:
-                stored = opened.enter_context(safetensors.safe_open(folder / file, framework="np"))
-                tensors |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+                tensors |= read(folder / file)
             except safetensors.SafetensorError as error:
                 raise UserError(f"{self.folder}/params/{file}: is not a sound safetensors file: {error}") from None
         return tensors
