@@ -129,9 +129,21 @@ class Stack:
 
 def join(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
     """The inverse of `Piece`: their tensor, from all of ours that lie in it."""
-    split = [part.reshape(*part.shape[:-1], tensor.heads, -1) for part in parts]
-    whole = np.concatenate(split, axis=-1).reshape(*parts[0].shape[:-1], -1)
+    whole = outputs(tensor, parts)
     return whole.T if tensor.rule.turned else whole
+
+
+def outputs(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
+    """What our parts have along their last axis, in the order of the tensor's outputs."""
+    each = [part.reshape(*part.shape[:-1], tensor.heads, -1) for part in parts]
+    return np.concatenate(each, axis=-1).reshape(*parts[0].shape[:-1], -1)
+
+
+def split(tensor: Tensor, whole: np.ndarray) -> list[np.ndarray]:
+    """The inverse of `outputs`."""
+    ends = np.cumsum([shape[-1] for _, shape in tensor.parts]) // tensor.heads
+    pieces = np.split(whole.reshape(*whole.shape[:-1], tensor.heads, -1), ends[:-1], axis=-1)
+    return [np.ascontiguousarray(piece.reshape(*whole.shape[:-1], -1)) for piece in pieces]
 
 
 class HuggingFaceDirectory:

@@ -1,11 +1,14 @@
 """Adapters as Hugging Face's peft keeps them: adapter_config.json and adapter_model.safetensors, in and out.
 
 A tensor of theirs is A or B of a torch Linear, turned ([r, in] and [out, r]), or DoRA's magnitudes, under the name that
-the base's family gives the matrix. Matrices that lie together in one of theirs (Phi-3's qkv, GPT-2's c_attn, NeoX's
-query_key_value) have no adapters of their own there and are refused by name, as is all else that changes the product.
+the base's family gives the matrix. Where several of ours lie in one of theirs (Phi-3's qkv_proj, GPT-2's c_attn, NeoX's
+query_key_value), these share its A, and each has its own rows of B. The other way round, n matrices of rank r become
+one of rank n r, their A's one after the other and B zero but for each one's block: the same product; ranks that differ
+from module to module stand in rank_pattern. Whatever else changes the product is refused by name.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +22,7 @@ from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
 from jaxlm.hub import families
 from jaxlm.hub.family import Family
-from jaxlm.hub.hugging_face import TYPES
+from jaxlm.hub.hugging_face import TYPES, Tensor, outputs, split, tensors_of
 from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Definition, Params
@@ -89,16 +92,12 @@ def family_of(base: model_directory.ModelDirectory) -> Family:
     return families.find(base.config, origin.get("model_type", ""))[0]
 
 
-def modules(family: Family, config: ModelConfig) -> dict[str, tuple[str, bool]]:
-    """Our name of a matrix of the layers → (their module, whether it lies there turned); "" where it shares one."""
-    shapes = {name for _, w in for_inference(config)[1] for name, _ in model_directory.tensor_shapes(w) if w.matrix}
-    found: dict[str, tuple[str, bool]] = {}
-    for rule in family.rules:
-        for layer in range(config.layers):
-            names = [name.format(layer) for name in rule.ours]
-            module = rule.theirs.format(layer).removesuffix(".weight") if len(names) == 1 else ""
-            found |= {name: (module, rule.turned) for name in names if name in shapes}
-    return found
+def modules(family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """Their module → its matrix, those of the layers that adapters can lie beside."""
+    weights = [w for _, w in for_inference(config)[1] if w.matrix and w.layers and "experts" not in w.axes]
+    ours = {name for w in weights for name, _ in model_directory.tensor_shapes(w)}
+    tensors = [tensor for tensor in tensors_of(family, config) if tensor.parts[0][0] in ours]
+    return {tensor.name.removesuffix(".weight"): tensor for tensor in tensors}
 
 
 def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter:
@@ -107,38 +106,77 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
     where = folder / CONFIG
     if not where.exists():
         raise UserError(f"adapter: {folder} holds no {CONFIG}; a directory that peft's save_pretrained wrote is needed")
-    lora = _config(files.read_json(where), str(where))
+    values = files.read_json(where)
+    lora = _config(values, str(where))
     try:
         with safetensors.safe_open(folder / TENSORS, framework="np") as stored:
             given = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{folder}/{TENSORS}: is not a sound safetensors file: {error}") from None
-    names = dict(pair for _, w in for_inference(config)[1] for pair in model_directory.tensor_shapes(w))
     tensors: dict[str, dict[str, np.ndarray]] = {}
-    for ours, (module, _) in modules(family, config).items():
+    ranks: dict[str, LoRAConfig] = {}
+    known = modules(family, config)
+    for module, tensor in known.items():
+        own = dataclasses.replace(lora, **_own(values, module, str(where)))
+        shape = (tensor.parts[0][1][0], sum(shape[-1] for _, shape in tensor.parts))
         parts = {}
         for part, theirs in PARTS.items():
-            value = given.pop(f"{PREFIX}{module}.{theirs}", None) if module else None
-            if value is None and part == "magnitude" and module:
+            value = given.pop(f"{PREFIX}{module}.{theirs}", None)
+            if value is None and part == "magnitude":
                 value = given.pop(f"{PREFIX}{module}.{theirs}.weight", None)
             if value is not None:
-                parts[part] = _checked(f"{module}.{theirs}", value, part, names[ours], lora.rank, str(folder))
+                parts[part] = _checked(f"{module}.{theirs}", value, part, shape, own.rank, str(folder))
         if parts and set(parts) != ({"a", "b", "magnitude"} if lora.dora else {"a", "b"}):
             raise UserError(f"{folder}/{TENSORS}: {module} has only {', '.join(PARTS[part] for part in parts)}")
         if parts:
-            tensors[ours] = parts
+            cut = {part: split(tensor, value) for part, value in parts.items() if part != "a"}
+            for number, (name, _) in enumerate(tensor.parts):
+                ranks[name] = own
+                tensors[name] = {"a": parts["a"]} | {part: pieces[number] for part, pieces in cut.items()}
     if given:
         raise UserError(
             f"{folder}/{TENSORS}: is not understood for a {family.model_type} base: {', '.join([*given][:8])}"
         )
-    kinds = {"/".join(("layers", *name.split(".")[2:])) for name in tensors}
-    for kind in sorted(kinds):
-        held = [name for name in tensors if name.split(".")[2:] == kind.split("/")[1:]]
-        if len(held) != config.layers:
-            raise UserError(f"{folder}: {kind} has adapters in {len(held)} of {config.layers} layers; all are needed")
-    if not kinds:
+    if not tensors:
         raise UserError(f"{folder}/{TENSORS}: holds no adapter")
-    return Adapter(dataclasses.replace(lora, targets=tuple(sorted(kinds))), tensors)
+    layers = [name for tensor in known.values() for name, _ in tensor.parts]
+    kinds = sorted({_kind(name) for name in tensors})
+    for kind in kinds:
+        held, there = (sum(_kind(name) == kind for name in names) for names in (tensors, layers))
+        if held != there:
+            raise UserError(f"{folder}: {kind} has adapters in {held} of {there} layers; all are needed")
+    return _of_one_rank(dataclasses.replace(lora, targets=tuple(kinds)), tensors, ranks)
+
+
+def _kind(name: str) -> str:
+    """The name of a matrix in all layers: layers/attention/query of layers.3.attention.query."""
+    return "/".join(("layers", *name.split(".")[2:]))
+
+
+def _of_one_rank(lora: LoRAConfig, tensors: dict[str, dict[str, np.ndarray]], ranks: dict[str, LoRAConfig]) -> Adapter:
+    """The same adapters with the rank of the largest, zeros in the others, and one scale, the rest of it in B."""
+    largest = max(ranks.values(), key=lambda own: own.rank)
+    for name, own in ranks.items():
+        if own != largest:
+            parts, room = tensors[name], largest.rank - own.rank
+            parts["a"] = np.pad(parts["a"], ((0, 0), (0, room)))
+            parts["b"] = np.pad(parts["b"] * np.float32(own.scale / largest.scale), ((0, room), (0, 0)))
+    return Adapter(dataclasses.replace(lora, rank=largest.rank, alpha=largest.alpha), tensors)
+
+
+def _own(values: dict[str, Any], module: str, where: str) -> dict[str, Any]:
+    """A module's own rank and alpha, of patterns that are names or their ends."""
+    found = {}
+    for field, key in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise UserError(f"{where}: {key} is no object")
+        for name, value in pattern.items():
+            if not re.fullmatch(r"\^?[\w.]+", name) or not isinstance(value, int | float) or value <= 0:
+                raise UserError(f"{where}: {key}={{{name!r}: {value!r}}} is not understood; a name and a number are")
+            if module == name.lstrip("^") or (name[0] != "^" and module.endswith(f".{name}")):
+                found.setdefault(field, int(value) if field == "rank" else float(value))
+    return found
 
 
 def _checked(name: str, value: np.ndarray, part: str, shape: tuple[int, ...], rank: int, where: str) -> np.ndarray:
@@ -158,7 +196,7 @@ def _config(values: Any, where: str) -> LoRAConfig:
     start = values.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise UserError(f"{where}: init_lora_weights is {start!r}, which changes the base; save it converted to a LoRA")
-    known = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", *INERT)
+    known = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", *INERT)
     other = {
         key: value for key, value in values.items() if key not in known and value and (key, value) != ("bias", "none")
     }
@@ -184,18 +222,28 @@ def write(
     False, and a line in the log with the reason, where no family of peft's bases can say it.
     """
     try:
-        family = family_of(base)
-        theirs = _theirs(family, params, trained, base.config)
+        known = modules(family_of(base), base.config)
+        theirs = _theirs(known, params, trained)
     except UserError as error:
         logger.info("%s is not written, model/ has all of it: %s", folder, error)
         return False
-    turned = {turned for name, (_, turned) in modules(family, base.config).items()}
+    ranks = {name.split(".lora_")[0].removeprefix(PREFIX): len(x) for name, x in theirs.items() if ".lora_A." in name}
+    last = {module.rpartition(".")[2]: rank for module, rank in ranks.items()}
+    if all(last[module.rpartition(".")[2]] == rank for module, rank in ranks.items()):
+        ranks = last
+    ranks = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+    turned = {tensor.rule.turned for tensor in known.values()}
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base.folder),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        "rank_pattern": ranks,
+        # Under which the scale is that of the others.
+        "alpha_pattern": {
+            name: lora.scale * (rank**0.5 if lora.rank_stabilised else rank) for name, rank in ranks.items()
+        },
         "lora_dropout": lora.dropout,
         "use_dora": lora.dora,
         "use_rslora": lora.rank_stabilised,
@@ -210,15 +258,37 @@ def write(
     return True
 
 
-def _theirs(family: Family, params: Params, trained: Definition, config: ModelConfig) -> dict[str, np.ndarray]:
+def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> dict[str, np.ndarray]:
     """Their name → tensor. Raises UserError for what they cannot say."""
     if any(declared.name.startswith("score") for _, declared in trained):
         raise UserError("a reward model's heads and their bias are no part of an adapter")
-    known, made = modules(family, config), {}
+    ours: dict[str, dict[str, np.ndarray]] = {}
     for name, value in model_directory.host_tensors(trained, params):
-        ours, _, part = name.partition("_lora_")
-        module = known[ours][0]
-        if not module:
-            raise UserError(f"in {family.model_type} models {ours} shares a matrix with others")
-        made[f"{PREFIX}{module}.{PARTS[part]}"] = np.ascontiguousarray(value.T)
+        whose, _, part = name.partition("_lora_")
+        ours.setdefault(whose, {})[part] = np.asarray(value)
+    made = {}
+    for module, tensor in known.items():
+        held = [ours.get(name, {}) for name, _ in tensor.parts]
+        if any(held):
+            made |= {f"{PREFIX}{module}.{PARTS[part]}": x for part, x in _joined(tensor, held).items()}
     return made
+
+
+def _joined(tensor: Tensor, held: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One adapter of theirs, of those of the parts that have one."""
+    if not all(held) and any("magnitude" in parts for parts in held):
+        raise UserError(f"DoRA beside a part of {tensor.name} alone has no form there; target all of its parts")
+    own = [parts["a"] for parts in held if parts]
+    shared = all(np.array_equal(a, own[0]) for a in own)
+    rank = own[0].shape[-1]
+    blocks, first = [], 0
+    for parts, (_, shape) in zip(held, tensor.parts, strict=True):
+        block = np.zeros((rank if shared else rank * len(own), shape[-1]), np.float32)
+        if parts:
+            block[first : first + rank] = parts["b"]
+            first += 0 if shared else rank
+        blocks.append(block)
+    made = {"a": own[0] if shared else np.concatenate(own, axis=-1), "b": outputs(tensor, blocks)}
+    if "magnitude" in held[0]:
+        made["magnitude"] = outputs(tensor, [parts["magnitude"] for parts in held])
+    return {part: np.ascontiguousarray(value.T) for part, value in made.items()}

@@ -1,9 +1,9 @@
 """Tiny adapters of Hugging Face's peft with the logits that it gives them: tests/hub/adapters.
 
-    python tests/hub/make_adapter_fixtures.py                  # in an environment with torch, transformers and peft
+    python tests/hub/make_adapter_fixtures.py [NAME]...        # in an environment with torch, transformers and peft
     python tests/hub/make_adapter_fixtures.py check BASE DIR   # loads an adapter as a user would; prints logits' file
 
-Their base is tests/hub/fixtures/llama. A fixture is what `save_pretrained` writes, and expected.safetensors: rows
+Their bases are those of tests/hub/fixtures. A fixture is what `save_pretrained` writes, and expected.safetensors: rows
 of ids and their float32 logits. Every number of the adapters is random, B and DoRA's magnitudes too.
 """
 
@@ -16,13 +16,29 @@ import safetensors.torch
 import torch
 import transformers
 
-BASE = Path(__file__).parent / "fixtures/llama"
+BASES = Path(__file__).parent / "fixtures"
 FOLDER = Path(__file__).parent / "adapters"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CASES: dict[str, dict[str, Any]] = {
-    "lora": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]},
-    "rslora": {"r": 4, "lora_alpha": 5, "use_rslora": True, "target_modules": ["gate_proj", "o_proj"]},
-    "dora": {"r": 2, "lora_alpha": 6, "use_dora": True, "target_modules": ALL},
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "rslora": ("llama", {"r": 4, "lora_alpha": 5, "use_rslora": True, "target_modules": ["gate_proj", "o_proj"]}),
+    "dora": ("llama", {"r": 2, "lora_alpha": 6, "use_dora": True, "target_modules": ALL}),
+    "fused": ("phi3", {"r": 3, "lora_alpha": 5, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
+    "conv": ("gpt2", {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": ["c_attn", "c_fc"]}),
+    "by-head": (
+        "pythia",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["query_key_value", "dense_h_to_4h"],
+            "rank_pattern": {"query_key_value": 4},
+            "alpha_pattern": {"dense_h_to_4h": 5},
+        },
+    ),
+    "latent": (
+        "deepseek-v2",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["kv_a_proj_with_mqa", "kv_b_proj", "q_b_proj", "o_proj"]},
+    ),
 }
 
 
@@ -31,10 +47,14 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits.contiguous()
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    for name, config in CASES.items():
-        base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+def main(*names: str) -> None:
+    for name in names or CASES:
+        of, config = CASES[name]
+        torch.manual_seed([*CASES].index(name))
+        config.setdefault("fan_in_fan_out", of == "gpt2")
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            BASES / of, dtype=torch.float32, experts_implementation="eager"
+        )
         model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1, **config)).eval()
         with torch.no_grad():
             for key, value in model.named_parameters():
@@ -46,7 +66,7 @@ def main() -> None:
         model.save_pretrained(FOLDER / name)
         (FOLDER / name / "README.md").unlink()
         config_file = FOLDER / name / "adapter_config.json"
-        config_file.write_text(config_file.read_text().replace(str(BASE), "llama"))
+        config_file.write_text(config_file.read_text().replace(str(BASES / of), of))
         expected = {"ids": ids.to(torch.int32), "logits": logits(model, ids)}
         safetensors.torch.save_file(expected, FOLDER / name / "expected.safetensors")
         with model.disable_adapter():
@@ -55,7 +75,7 @@ def main() -> None:
 
 def check(base: str, folder: str) -> None:
     """Writes FOLDER/logits.safetensors: of FOLDER/ids.safetensors by peft."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, experts_implementation="eager")
     model = peft.PeftModel.from_pretrained(model, folder).eval()
     ids = safetensors.torch.load_file(f"{folder}/ids.safetensors")["ids"].long()
     safetensors.torch.save_file({"logits": logits(model, ids)}, f"{folder}/logits.safetensors")
@@ -65,4 +85,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["check"]:
         check(*sys.argv[2:])
     else:
-        main()
+        main(*sys.argv[1:])

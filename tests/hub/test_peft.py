@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,42 +18,50 @@ from jaxlm.base.errors import UserError
 from jaxlm.hub import families, peft
 from jaxlm.hub.config import ImportConfig
 from jaxlm.model import lora
-from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
+from jaxlm.model.config import LoRAConfig, adapted
 from jaxlm.model.transformer import define_model
-from jaxlm.model.weights import initialize
+from jaxlm.model.weights import apply, initialize
 from jaxlm.stages import import_
 from jaxlm.train import model_directory
 
 HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
-NAMES = ("lora", "rslora", "dora")
+NAMES = {"lora": "llama", "rslora": "llama", "dora": "llama"}
+NAMES |= {"fused": "phi3", "conv": "gpt2", "by-head": "pythia", "latent": "deepseek-v2"}
 TOOL = HERE / "make_adapter_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """The adapters' base, with a tokenizer to load it by."""
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    shutil.copytree(HERE / "fixtures/llama", folder)
+def with_tokenizer(name: str, root: Path) -> Path:
+    """A base of adapters, with a tokenizer to load it by."""
+    folder = root / name
+    shutil.copytree(HERE / f"fixtures/{name}", folder)
     shutil.copytree(HERE / "fixtures/tokenizer-byte-level", folder, dirs_exist_ok=True)
     (folder / "expected.json").unlink()
     return folder
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return with_tokenizer("llama", tmp_path_factory.mktemp("base"))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_peft(name, base, tmp_path):
+def test_logits_are_those_of_peft(name, tmp_path):
+    base = with_tokenizer(NAMES[name], tmp_path)
     expected = safetensors.numpy.load_file(ADAPTERS / name / "expected.safetensors")
-    beside = jaxlm.load(base, adapter=ADAPTERS / name)
+    beside = jaxlm.load(base, adapter=ADAPTERS / name, compute="float32")
     np.testing.assert_allclose(beside.logits(expected["ids"]), expected["logits"], atol=1e-4)
-    import_.main(ImportConfig(source=str(base), adapter=str(ADAPTERS / name), workdir=f"{tmp_path}/run"))
+    import_.main(
+        ImportConfig(source=str(base), adapter=str(ADAPTERS / name), workdir=f"{tmp_path}/run", compute="float32")
+    )
     merged = jaxlm.load(tmp_path / "run")
     np.testing.assert_allclose(merged.logits(expected["ids"]), expected["logits"], atol=1e-4)
     assert np.abs(jaxlm.load(base).logits(expected["ids"]) - expected["logits"]).max() > 0.03
 
 
 def imported(base, workdir) -> model_directory.ModelDirectory:
-    import_.main(ImportConfig(source=str(base), workdir=str(workdir)))
+    import_.main(ImportConfig(source=str(base), workdir=str(workdir), compute="float32"))
     return model_directory.read(workdir / "model")
 
 
@@ -121,7 +130,13 @@ def edited(tmp_path, change=None, **values):
 QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
 REFUSED = {
     "another kind": ({"peft_type": "IA3"}, None, "peft_type is 'IA3'"),
-    "ranks of their own": ({"rank_pattern": {"q_proj": 4}}, None, r"rank_pattern=\{'q_proj': 4\} is not understood"),
+    "ranks of their own": ({"rank_pattern": {"q_.*": 4}}, None, r"rank_pattern=\{'q_.\*': 4\} is not understood"),
+    "a rank that is none": (
+        {"rank_pattern": {"q_proj": 4}},
+        None,
+        r"lora_A.weight is float32\[2, 16\], but \[4, 16\] is",
+    ),
+    "no pattern": ({"alpha_pattern": [1]}, None, "alpha_pattern is no object"),
     "biases": ({"bias": "all"}, None, "bias='all' is not understood"),
     "a changed base": ({"init_lora_weights": "pissa"}, None, "init_lora_weights is 'pissa', which changes the base"),
     "rank 0": ({"r": 0}, None, "rank: got 0; 1 or more is needed"),
@@ -152,8 +167,36 @@ def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
         jaxlm.load(base, adapter=tmp_path)
 
 
-def test_shared_matrices_have_no_adapters_in_peft():
-    shape = ModelConfig(vocab_size=40, layers=1, width=16, heads=2, compute="float32").complete()
-    known = peft.modules(families.BY_TYPE["phi3"], shape)
-    assert known["layers.0.attention.query"][0] == "" == known["layers.0.mlp.up"][0]
-    assert known["layers.0.mlp.down"] == ("model.layers.0.mlp.down_proj", True)
+FUSED = [("phi3", False), ("phi3", True), ("gpt2", True), ("pythia", False), ("deepseek-v2", False)]
+
+
+@pytest.mark.parametrize(("name", "dora"), FUSED)
+def test_matrices_that_lie_in_one_share_an_adapter_there(name, dora, tmp_path):
+    base = with_tokenizer(name, tmp_path)
+    directory = imported(base, tmp_path / "run")
+    targets = ("layers/attention/*", "layers/mlp/*") if dora else ("query", "value", "up", "shared_key")
+    kind = LoRAConfig(rank=2, alpha=3.0, dora=dora, targets=targets)
+    trained, params = numbers(directory, kind)
+    folder = tmp_path / "adapter"
+    assert peft.write(folder, params, trained, directory, kind)
+    plain = directory.load_params(define_model(directory.config))
+    ids = np.arange(22, dtype=np.int32).reshape(2, 11) + 3
+    ones, places = np.ones_like(ids), np.broadcast_to(np.arange(11, dtype=np.int32), ids.shape)
+    whole = define_model(adapted(directory.config, kind))
+    given = tuple(map(jnp.asarray, (ids, ones, places)))
+    expected = apply(whole, lora.joined(plain, params), lambda m: m.logits(m(*given)[0]))
+    beside = jaxlm.load(base, adapter=folder, compute="float32")
+    np.testing.assert_allclose(beside.logits(ids), expected, atol=1e-4)
+    if PYTHON:
+        safetensors.numpy.save_file({"ids": ids}, folder / "ids.safetensors")
+        subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
+        theirs = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
+        np.testing.assert_allclose(theirs, expected, atol=1e-4)
+
+
+def test_dora_beside_a_part_of_a_shared_matrix_is_not_written(tmp_path):
+    directory = imported(with_tokenizer("phi3", tmp_path), tmp_path / "run")
+    kind = LoRAConfig(rank=2, dora=True, targets=("query",))
+    trained, params = numbers(directory, kind)
+    assert not peft.write(tmp_path / "adapter", params, trained, directory, kind)
+    assert not (tmp_path / "adapter").exists()
