@@ -35,7 +35,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "positions": (),
     "criteria": (),
     "rank": (),
-    "blocks": (),
     "key": (),
     "batch": ("slices", "data", "fsdp", "expert"),
     "expert_batch": ("slices", "data", "fsdp"),
@@ -71,7 +70,7 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
     >>> spec(("embed", "mlp"))
     PartitionSpec('fsdp', 'tensor')
     """
-    parts = [RULES[name] if name else () for name in axes]
+    parts = [RULES[name.removesuffix("_blocks")] if name else () for name in axes]
     used = [axis for part in parts for axis in part]
     if len(set(used)) < len(used):
         raise ValueError(f"axes {tuple(axes)} use a mesh axis twice: {used}")
@@ -80,7 +79,8 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 def weight_sharding(mesh: Mesh, path: str, axes: Sequence[str | None], shape: Sequence[int], bytes_each: int = 4):
     """The sharding of a weight. Raises ConfigError when the mesh does not divide it or leaves it large and whole."""
-    placed = spec(axes)
+    scales = any(str(axis).endswith("_blocks") for axis in axes)  # few enough to lie whole
+    placed = fitting_spec(mesh.shape, axes, shape) if scales else spec(axes)
     for size, axis, part in zip(shape, axes, placed, strict=True):
         pieces = math.prod(mesh.shape[name] for name in _names(part))
         if size % pieces:

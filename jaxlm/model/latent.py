@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float
+from jaxlm.model import quantised
 from jaxlm.model.attention import Layer, Place, SelfAttention
 from jaxlm.model.config import Attention, ModelConfig
 from jaxlm.model.layers import RMSNorm, Rotation, project, rotate
@@ -77,5 +78,5 @@ class LatentAttention(SelfAttention):
         """A matrix in the compute type with what its adapters add."""
         kind = precision.dtype(self.config.compute)
         if not hasattr(self, f"{name}_lora_a"):
-            return getattr(self, name)[...].astype(kind)
+            return quantised.kernel(self, name).astype(kind)
         return project(self, name, jnp.eye(self.config.latent.kv_rank, dtype=kind)[None], self.config.compute)[0]

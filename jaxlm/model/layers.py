@@ -1,7 +1,7 @@
 """The parts of a transformer block: norms, rotary positions, the MLP."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,8 @@ ACTIVATIONS = {
 
 def project(module: nnx.Module, name: str, x: Float[Array, "B S D"], compute: precision.Compute) -> Array:
     """x times the module's weight of that name, plus what its adapters add, and its `name_bias`, in float32."""
-    kernel, bias, scale = (getattr(module, f"{name}{part}", None) for part in ("", "_bias", "_scale"))
-    assert kernel is not None
-    product: Any
-    if scale is None:
-        product = precision.matmul(x, kernel[...], compute, wide=True)
-    else:
-        product = quantised.product(x.astype(precision.dtype(compute)), kernel[...], scale[...], compute)
+    bias = getattr(module, f"{name}_bias", None)
+    product = quantised.times(module, name, x, compute)
     if hasattr(module, f"{name}_lora_a"):
         product += lora.added(module, name, x, product, compute)
     return (product if bias is None else product + bias[...][None, None, :]).astype(precision.dtype(compute))

@@ -84,11 +84,10 @@ def added(
     low = lora.scale * precision.matmul(precision.matmul(x, a[...], compute), b[...], compute, wide=True)
     if not lora.dora:
         return low
-    held = {own: getattr(module, own)[...] for own in (name, f"{name}_scale") if hasattr(module, own)}
-    kernel = quantised.matrix(held, name)
-    ratio = getattr(module, f"{name}_lora_magnitude")[...] / column_norms(kernel, a[...], b[...], lora.scale)
+    norms = column_norms(quantised.kernel(module, name), a[...], b[...], lora.scale)
+    ratio = getattr(module, f"{name}_lora_magnitude")[...] / norms
     if key is not None:  # peft's form: the change of the magnitude sees the dropped inputs too
-        product = precision.matmul(x, kernel, compute, wide=True)
+        product = quantised.times(module, name, x, compute)
     ratio = ratio[None, None, :]
     return (ratio - 1) * product + ratio * low
 

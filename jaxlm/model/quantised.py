@@ -49,7 +49,7 @@ def declare(part: nnx.Module, base: Base) -> None:
             raise ConfigError("lora.base", f"nf4 keeps two rows in a byte, and {name} has {D}; take int8")
         kind, stored, blocks = (jnp.int8, D, 1) if base == "int8" else (jnp.uint8, D // 2, -(-D // BLOCK))
         setattr(part, name, weight((stored, F), (rows, columns), Constant(0), kind=kind))
-        setattr(part, f"{name}_scale", weight((blocks, F), ("blocks", columns), Constant(1.0)))
+        setattr(part, f"{name}_scale", weight((blocks, F), (f"{rows}_blocks", columns), Constant(1.0)))
 
 
 def quantise(kernel: Array, base: Base) -> tuple[Array, Array]:
@@ -86,6 +86,19 @@ def matrix(held: Mapping[str, Any], name: str) -> Array:
     return held[name] if scale is None else dequantised(held[name], scale)
 
 
+def kernel(module: nnx.Module, name: str) -> Array:
+    """The same of a module."""
+    return matrix({part: getattr(module, part)[...] for part in (name, f"{name}_scale") if hasattr(module, part)}, name)
+
+
+def times(module: nnx.Module, name: str, x: Array, compute: precision.Compute) -> Any:
+    """x times the module's matrix of that name, float32."""
+    held, scale = getattr(module, name)[...], getattr(module, f"{name}_scale", None)
+    if scale is None:
+        return precision.matmul(x, held, compute, wide=True)
+    return product(x.astype(precision.dtype(compute)), held, scale[...], compute)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x: Array, codes: Array, scale: Array, compute: precision.Compute) -> Array:
     """`x[..., in] @ W`, float32; x of the compute type. For its gradient, codes and scales are kept, and not W."""
@@ -97,8 +110,10 @@ def _forward(x: Array, codes: Array, scale: Array, compute: precision.Compute) -
 
 
 def _backward(compute: precision.Compute, saved: tuple[Array, Array], towards: Array) -> tuple[Array, None, None]:
-    kernel = dequantised(*saved).astype(precision.dtype(compute))
-    return precision.matmul(towards, precision.swapped(kernel), compute), None, None
+    # Not the way forward's matrices, which would lie there all the while: after `towards` is known, made anew.
+    codes, scale, towards = jax.lax.optimization_barrier((*saved, towards))
+    turned = precision.swapped(dequantised(codes, scale).astype(precision.dtype(compute)))
+    return precision.matmul(towards, turned, compute), None, None
 
 
 product.defvjp(_forward, _backward)

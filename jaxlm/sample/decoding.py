@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxlm.base import rng
 from jaxlm.base.arrays import Array, Bool, Float32, Int32
-from jaxlm.base.sharding import constrain, spec
+from jaxlm.base.sharding import constrain, fitting_spec
 from jaxlm.model import layout
 from jaxlm.model.attention import Layer
 from jaxlm.model.config import ModelConfig
@@ -73,7 +73,8 @@ def prepare(config: ModelConfig, params: Params) -> Params:
     definition = for_inference(config)[1]
     mesh = jax.sharding.get_abstract_mesh()
     copied = jax.tree.map(lambda x, like: x.astype(like.dtype), layout.unroll(params, config), definition.abstract())
-    return copied if mesh.empty else jax.lax.with_sharding_constraint(copied, definition.tree(lambda w: spec(w.axes)))
+    places = definition.tree(lambda w: fitting_spec(mesh.shape, w.axes, w.shape))
+    return copied if mesh.empty else jax.lax.with_sharding_constraint(copied, places)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "config", "room"))

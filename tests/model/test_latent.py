@@ -75,6 +75,19 @@ def test_adapters_on_all_matrices_cached_and_merged(dora):
     np.testing.assert_allclose(hidden(define_model(CONFIG), merged(params, config)), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantised_base_cached_beside_adapters_elsewhere(base):
+    """Keys and values are made of the latents by matrices that no adapter lies beside."""
+    shape = adapted(CONFIG, LoRAConfig(rank=3, targets=("output",), base=base))
+    begun = initialize(define_model(shape), 1)
+    codes = lambda path, x: jax.random.bits(jax.random.key(len(str(path))), x.shape, jnp.uint8).astype(x.dtype)
+    fill = lambda path, x: codes(path, x) if x.dtype.itemsize == 1 else x * (0.002 if "_scale" in str(path) else 1)
+    params = jax.tree_util.tree_map_with_path(fill, begun)
+    inference, definition = for_inference(shape)
+    expected = hidden(define_model(shape), params)
+    np.testing.assert_allclose(cached(inference, definition, layout.unroll(params, CONFIG)), expected, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "axes",
     [

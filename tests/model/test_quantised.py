@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jaxlm.adapters import weights
+from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError
+from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout, lora, quantised
 from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
 from jaxlm.model.transformer import define_model, for_inference
@@ -140,18 +142,44 @@ def test_unrolled_and_in_the_compute_type():
     np.testing.assert_allclose(logits(definition, params, {}), logits(*coded, changes), atol=0.15)
 
 
-def bytes_of_a_step(kind: LoRAConfig, remat: str) -> tuple[int, int, int]:
+def bytes_of_a_step(kind: LoRAConfig, remat: str = "none", scan_layers: bool = True) -> tuple[int, int, int]:
     """(of the frozen base, of temporaries, of one layer's matrices in the compute type)."""
     shape = dataclasses.replace(SHAPE, layers=12, width=256, heads=4, kv_heads=4, feed_forward=768, head_size=64)
-    shape = dataclasses.replace(shape, compute="bfloat16", remat=remat, vocab_size=64).complete()
+    shape = dataclasses.replace(shape, compute="bfloat16", remat=remat, vocab_size=64)
+    shape = dataclasses.replace(shape, scan_layers=scan_layers).complete()
     definition = define_model(adapted(shape, kind), jnp.bfloat16)
     frozen = define_model(adapted(shape, kind, adapters=False), jnp.bfloat16).abstract()
     changes = definition.part(lora.is_adapter).abstract()
     ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     loss = lambda changes, base, ids: jnp.sum(logits(definition, base, changes, ids % 64))
-    found = jax.jit(jax.grad(loss)).lower(changes, frozen, ids).compile().memory_analysis()
+    found = jax.jit(jax.grad(loss, allow_int=True)).lower(changes, frozen, ids).compile().memory_analysis()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
     return size, found.temp_size_in_bytes, 2 * (4 * 256 * 256 + 3 * 256 * 768)
+
+
+def test_where_layers_lie_apart_none_waits_whole_for_the_way_back():
+    """The compiler would take what both ways make for one thing."""
+    kind = LoRAConfig(rank=2, base="int8")
+    _, temporary, layer = bytes_of_a_step(kind, scan_layers=False)
+    assert temporary < 8 * layer  # of twelve, in float32 24
+
+
+@pytest.mark.slow
+def test_dropped_inputs_of_dora_keep_no_layer_whole():
+    kind = LoRAConfig(rank=2, base="int8", dora=True)
+    _, plain, layer = bytes_of_a_step(kind)
+    _, dropped, _ = bytes_of_a_step(dataclasses.replace(kind, dropout=0.5))
+    assert dropped < plain + 4 * layer
+
+
+def test_scales_are_divided_where_the_mesh_divides_them():
+    shape = dataclasses.replace(SHAPE, width=128, feed_forward=192, head_size=32, vocab_size=40, kv_heads=4)
+    definition = define_model(adapted(shape.complete(), LoRAConfig(base="nf4"), adapters=False))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    placed = definition.shardings(mesh)["stack"]["0"]
+    assert tuple(placed["mlp"]["up_scale"].spec) == (None, "fsdp", "tensor")  # 2 blocks of 128 rows
+    assert tuple(placed["mlp"]["down_scale"].spec) == (None, None, "fsdp")  # 3 blocks among 4
+    assert tuple(placed["mlp"]["down"].spec) == (None, "tensor", "fsdp")
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
