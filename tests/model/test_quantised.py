@@ -142,9 +142,11 @@ def test_unrolled_and_in_the_compute_type():
     np.testing.assert_allclose(logits(definition, params, {}), logits(*coded, changes), atol=0.15)
 
 
-def bytes_of_a_step(kind: LoRAConfig, remat: str = "none", scan_layers: bool = True) -> tuple[int, int, int]:
+def bytes_of_a_step(
+    kind: LoRAConfig, remat: str = "none", scan_layers: bool = True, layers: int = 12
+) -> tuple[int, int, int]:
     """(of the frozen base, of temporaries, of one layer's matrices in the compute type)."""
-    shape = dataclasses.replace(SHAPE, layers=12, width=256, heads=4, kv_heads=4, feed_forward=768, head_size=64)
+    shape = dataclasses.replace(SHAPE, layers=layers, width=256, heads=4, kv_heads=4, feed_forward=768, head_size=64)
     shape = dataclasses.replace(shape, compute="bfloat16", remat=remat, vocab_size=64)
     shape = dataclasses.replace(shape, scan_layers=scan_layers).complete()
     definition = define_model(adapted(shape, kind), jnp.bfloat16)
@@ -185,9 +187,10 @@ def test_scales_are_divided_where_the_mesh_divides_them():
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_no_step_holds_all_layers_whole(remat):
     """The gradient of a scan would keep every layer's matrix, made whole, for the way back."""
-    of_compute, temporary, layer = bytes_of_a_step(LoRAConfig(rank=2), remat)
+    of_compute, _, layer = bytes_of_a_step(LoRAConfig(rank=2), remat)
     for base, share in (("int8", 0.52), ("nf4", 0.30)):
-        size, more, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat)
+        size, temporary, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat)
+        _, of_twice_as_many, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat, layers=24)
         assert size < share * of_compute
-        # Codes alone, and one layer at a time: float32 and the compute type, and their turned form.
-        assert more < temporary + 4 * layer + size
+        # Of twelve more layers, their activations: whole, they would take twelve times a layer's bytes.
+        assert of_twice_as_many - temporary < 4 * layer
