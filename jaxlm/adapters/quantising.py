@@ -1,7 +1,6 @@
 """Models whose frozen matrices are quantised while they are read."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -37,8 +36,8 @@ class Quantising(ModelDirectory):
                 node, placed = node[step], placed and placed[step]
             name, scales = path[-1], f"{path[-1]}_scale"
             where = placed and (placed[name], placed[scales])
-            make = functools.partial(quantise, base=BASES[declared.dtype])
-            node[name], node[scales] = jax.jit(make, out_shardings=where)(node[name])
+            make = jax.jit(quantise, static_argnames="base", out_shardings=where)
+            node[name], node[scales] = make(node[name], base=BASES[declared.dtype])
             params = joined(params, read)
         return params
 

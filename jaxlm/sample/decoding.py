@@ -73,8 +73,8 @@ def prepare(config: ModelConfig, params: Params) -> Params:
     definition = for_inference(config)[1]
     mesh = jax.sharding.get_abstract_mesh()
     copied = jax.tree.map(lambda x, like: x.astype(like.dtype), layout.unroll(params, config), definition.abstract())
-    places = definition.tree(lambda w: fitting_spec(mesh.shape, w.axes, w.shape))
-    return copied if mesh.empty else jax.lax.with_sharding_constraint(copied, places)
+    place = lambda w: fitting_spec(mesh.shape, w.axes, w.shape)
+    return copied if mesh.empty else jax.lax.with_sharding_constraint(copied, definition.tree(place))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "config", "room"))
