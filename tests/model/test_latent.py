@@ -75,7 +75,7 @@ def test_adapters_on_all_matrices_cached_and_merged(dora):
     np.testing.assert_allclose(hidden(define_model(CONFIG), merged(params, config)), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("base", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_quantised_base_cached_beside_adapters_elsewhere(base):
     """Keys and values are made of the latents by matrices that no adapter lies beside."""
     shape = adapted(CONFIG, LoRAConfig(rank=3, targets=("output",), base=base))

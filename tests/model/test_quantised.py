@@ -184,7 +184,8 @@ def test_scales_are_divided_where_the_mesh_divides_them():
     assert tuple(placed["mlp"]["down"].spec) == (None, "tensor", "fsdp")
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_step_holds_all_layers_whole(remat):
     """The gradient of a scan would keep every layer's matrix, made whole, for the way back."""
     of_compute, _, layer = bytes_of_a_step(LoRAConfig(rank=2), remat)
