@@ -174,7 +174,9 @@ FUSED = [("phi3", False), ("phi3", True), ("gpt2", True), ("pythia", False), ("d
 def test_matrices_that_lie_in_one_share_an_adapter_there(name, dora, tmp_path):
     base = with_tokenizer(name, tmp_path)
     directory = imported(base, tmp_path / "run")
-    targets = ("layers/attention/*", "layers/mlp/*") if dora else ("query", "value", "up", "shared_key")
+    targets = ("layers/attention/*", "layers/mlp/*") if dora else ("query", "value", "up")
+    if name == "deepseek-v2":  # peft takes `up` of a mixture of experts with `gate` alone
+        targets = ("key", "value", "shared_key", "output")
     kind = LoRAConfig(rank=2, alpha=3.0, dora=dora, targets=targets)
     trained, params = numbers(directory, kind)
     folder = tmp_path / "adapter"
