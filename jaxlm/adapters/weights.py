@@ -15,10 +15,12 @@ from jaxlm.model.weights import Definition, Params, Weight, initialize
 
 
 def require_targets(definition: Definition, config: LoRAConfig) -> None:
-    """Raises ConfigError for a target that names no matrix of a layer; `definition`: of the model with or without
-    adapters."""
-    names = sorted({w.name for _, w in definition if w.matrix and w.layers and not lora.is_adapter(w)})
+    """Raises ConfigError for a target that names no matrix of attention or MLP; `definition`: of the plain model."""
+    every = {w.name for _, w in definition if w.matrix and w.layers}
+    names = sorted(name for name in every if not name.startswith("layers/experts/"))
     for target in config.targets:
+        if any(lora.matches(target, name) for name in every) and not any(lora.matches(target, name) for name in names):
+            raise ConfigError("lora.targets", f"{target!r} are matrices of experts, which stay frozen without adapters")
         if not any(lora.matches(target, name) for name in names):
             known = [*names, *{name.rpartition("/")[2] for name in names}]
             raise ConfigError("lora.targets", f"{target!r} is no matrix of the layers{nearest(target, known)}")

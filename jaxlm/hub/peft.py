@@ -279,16 +279,15 @@ def _joined(tensor: Tensor, held: list[dict[str, np.ndarray]]) -> dict[str, np.n
     if not all(held) and any("magnitude" in parts for parts in held):
         raise UserError(f"DoRA beside a part of {tensor.name} alone has no form there; target all of its parts")
     own = [parts["a"] for parts in held if parts]
-    shared = all(np.array_equal(a, own[0]) for a in own)
     rank = own[0].shape[-1]
     blocks, first = [], 0
     for parts, (_, shape) in zip(held, tensor.parts, strict=True):
-        block = np.zeros((rank if shared else rank * len(own), shape[-1]), np.float32)
+        block = np.zeros((rank * len(own), shape[-1]), np.float32)
         if parts:
             block[first : first + rank] = parts["b"]
-            first += 0 if shared else rank
+            first += rank
         blocks.append(block)
-    made = {"a": own[0] if shared else np.concatenate(own, axis=-1), "b": outputs(tensor, blocks)}
+    made = {"a": np.concatenate(own, axis=-1), "b": outputs(tensor, blocks)}
     if "magnitude" in held[0]:
         made["magnitude"] = outputs(tensor, [parts["magnitude"] for parts in held])
     return {part: np.ascontiguousarray(value.T) for part, value in made.items()}

@@ -318,7 +318,8 @@ class LoRAConfig:
     rank_stabilised: bool = False
     """scale = alpha / sqrt(rank) (arXiv:2312.03732)."""
     targets: tuple[str, ...] = ("layers/*",)
-    """Matrices of the layers with adapters, by whole or last name, with wildcards: layers/attention/*, query, up."""
+    """Matrices of attention and MLP with adapters, by whole or last name, with wildcards: layers/attention/*, query.
+    Those of experts stay frozen."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is dropped in training."""
     dora: bool = False

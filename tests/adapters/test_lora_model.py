@@ -11,7 +11,7 @@ import pytest
 from jaxlm.adapters import weights
 from jaxlm.base.errors import ConfigError
 from jaxlm.model import layout, lora
-from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
+from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig, adapted
 from jaxlm.model.transformer import define_model, for_inference
 from jaxlm.model.weights import apply, initialize
 
@@ -170,6 +170,11 @@ def test_targets_that_match_nothing_are_named():
         weights.require_targets(definition, LoRAConfig(targets=("up", "quary")))
     with pytest.raises(ConfigError, match=r"'embedding' is no matrix of the layers"):
         weights.require_targets(definition, LoRAConfig(targets=("embedding",)))
+    mixture = define_model(dataclasses.replace(SHAPE, experts=ExpertsConfig(count=4, chosen=2, feed_forward=8)))
+    for target in ("up", "layers/experts/*"):  # taken for targets, they would leave a model without adapters
+        with pytest.raises(ConfigError, match=r"lora.targets: '.*' are matrices of experts, which stay frozen"):
+            weights.require_targets(mixture, LoRAConfig(targets=("query", target)))
+    weights.require_targets(mixture, LoRAConfig())
     with pytest.raises(ConfigError, match="rank: got 0; 1 or more is needed"):
         LoRAConfig(rank=0)
     weights.require_targets(definition, LoRAConfig(targets=("layers/attention/*", "u?")))
