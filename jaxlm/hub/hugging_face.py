@@ -293,13 +293,13 @@ class HuggingFaceDirectory:
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
         """Tensor name, with its prefix → what gives slices of it: nothing is read."""
-        stored, read = dict[str, Any](), tensor_files.reader()
+        stored: dict[str, Any] = {}
         for file in self._shards():
             path = self.folder / file
             if not path.exists():
                 raise UserError(f"{path}: is missing, though {INDEX} names it")
             try:
-                stored |= read(path)
+                stored |= tensor_files.read(path)
             except (safetensors.SafetensorError, OSError) as error:
                 raise UserError(f"{path}: is not a sound safetensors file: {error}") from None
         yield self._named(stored)

@@ -101,12 +101,12 @@ class ModelDirectory:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict):
             raise UserError(f"{self.folder}/params/{INDEX}: has no weight_map; was it edited?")
-        tensors, read = {}, tensor_files.reader()
+        tensors = {}
         for file in sorted(set(map(str, weight_map.values()))):
             if f"params/{file}" not in self.manifest.files:
                 raise UserError(f"{self.folder}/params/{INDEX}: names {file!r}, which the manifest does not list")
             try:
-                tensors |= read(folder / file)
+                tensors |= tensor_files.read(folder / file)
             except safetensors.SafetensorError as error:
                 raise UserError(f"{self.folder}/params/{file}: is not a sound safetensors file: {error}") from None
         return tensors

@@ -1,10 +1,9 @@
 """safetensors files, read and written with one tensor in memory at a time."""
 
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,12 @@ KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, of which no more is read than a slice takes; the methods are those of safetensors' slices."""
+    """A tensor in a file, of which no more is read than a slice takes; the methods are those of safetensors' slices.
 
-    mapped: Callable[[], Any]
+    The file is mapped for each slice anew: pages of one that stays mapped count for the process, all that was read.
+    """
+
+    path: epath.PathLike
     name: str
     shape: list[int]
     kind: str
@@ -32,20 +34,15 @@ class Stored:
         return self.kind
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self.mapped().get_slice(self.name)[index]
+        with safetensors.safe_open(self.path, framework="np") as file:
+            return file.get_slice(self.name)[index]
 
 
-def reader() -> Callable[[epath.PathLike], dict[str, Stored]]:
-    """A function that gives the tensors of a file by name. Of all files that it was given one is mapped at a time: what
-    was read of a mapped file counts for the process. Raises SafetensorError or OSError for no sound file."""
-    mapped = functools.lru_cache(maxsize=1)(lambda path: safetensors.safe_open(path, framework="np"))
-
-    def read(path: epath.PathLike) -> dict[str, Stored]:
-        slices = {name: mapped(path).get_slice(name) for name in mapped(path).keys()}  # noqa: SIM118 (not a dict)
-        here = functools.partial(mapped, path)
-        return {name: Stored(here, name, x.get_shape(), x.get_dtype()) for name, x in slices.items()}
-
-    return read
+def read(path: epath.PathLike) -> dict[str, Stored]:
+    """A file's tensors by name. Raises SafetensorError or OSError for one that is not sound."""
+    with safetensors.safe_open(path, framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: Stored(path, name, x.get_shape(), x.get_dtype()) for name, x in slices.items()}
 
 
 def write(
