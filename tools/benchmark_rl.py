@@ -130,7 +130,7 @@ class Case:
         models = define_models(config, directories, mesh)
         frozen = load_frozen(directories, models, self.program.abstract_batch["frozen"])
         sampler = rolling.sampler_of(config, directories.policy)
-        asked = prompts.read(config.sources, None, sampler.encode, config.max_prompt_tokens)
+        asked = prompts.read(config.sources, "train", None, sampler.encode, config.max_prompt_tokens)
         self.judge = Judge(config.verifiers, asked, "verifiers")
         roller = Roller(config, sampler, self.judge, None, row_length(config, directories.policy.config, mesh))
         with jax.set_mesh(mesh):

@@ -229,8 +229,7 @@ def check_types(config: Any) -> None:
 
 def _require_type(value: Any, hint: Any, path: str) -> None:
     if not _fits(value, hint):
-        expected = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-        raise ConfigError(path, f"got {value!r} ({type(value).__name__}); {expected} is needed")
+        raise ConfigError(path, f"got {value!r} ({type(value).__name__}); {type_name(hint)} is needed")
 
 
 def _check_item(item: Any, index: int) -> None:
@@ -344,22 +343,31 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(dotted field, type, default, doc) for every field of a config class, nested ones in place."""
+def describe(cls: type, prefix: str = "", made: Any = None) -> Iterator[tuple[str, str, str, str]]:
+    """(dotted field, type, default, doc) for every field of a config class, nested ones in place.
+
+    Defaults are those of `made`, which an outer class has as its own default, and the class's without it.
+    """
     docs = field_docs(cls)
     hints = field_types(cls)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         options = [o for o in (hint, *typing.get_args(hint)) if isinstance(o, type) and dataclasses.is_dataclass(o)]
         is_tuple = typing.get_origin(hint) is tuple
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        default = default_of(f) if made is None else getattr(made, f.name)
         if default is dataclasses.MISSING:
             shown = "(required)"
         else:
             shown = type(default).__name__ if dataclasses.is_dataclass(default) else repr(default)
         yield f"{prefix}{f.name}", type_name(hint), shown, docs.get(f.name, "")
         for option in options:
-            yield from describe(option, f"{prefix}{f.name}." + ("N." if is_tuple else ""))
+            own = default if type(default) is option else None
+            yield from describe(option, f"{prefix}{f.name}." + ("N." if is_tuple else ""), own)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default; `dataclasses.MISSING` where it has to be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def type_name(hint: Any) -> str:

@@ -21,6 +21,7 @@ from jaxlm.data.config import ChatRowsConfig, ChatSource
 from jaxlm.data.rows import Piece
 from jaxlm.text import readers, tally
 from jaxlm.text.clean import Reason
+from jaxlm.text.config import Split
 from jaxlm.tokenizer import tokenizer as tokenizers
 from jaxlm.tokenizer.chat import FILE_NAME as TEMPLATE_FILE
 from jaxlm.tokenizer.chat import ChatTemplate
@@ -82,7 +83,8 @@ def write_rows(
     has no target at all.
     """
     folder = epath.Path(folder)
-    made_with = dataclasses.asdict(config) | {"row_length": row_length, "sources": [s.split for s in sources]}
+    drawn = [[source.name, source.split, source.heldout_share] for source in sources]
+    made_with = dataclasses.asdict(config) | {"row_length": row_length, "sources": drawn}
     read_from = {"chat_template": template.hash, "tokenizer": tokenizer.hash}
     read_from |= {name: found for source in sources for name, found in readers.inputs(source).items()}
     if (folder / "manifest.json").exists():
@@ -95,7 +97,7 @@ def write_rows(
     with tally.rejects(folder / "rejects.jsonl.gz") as packer.rejects:
         # Held-out chats first: a train chat that repeats one of them is the one that is dropped.
         for split in ("heldout", "train"):
-            chosen = [source for source in sources if source.split == split]
+            chosen = [source for source in sources if split in source.splits]
             if chosen:
                 facts[split] = packer.pack(folder / split, split, chosen)
     report = tally.report(packer.tallies)
@@ -141,12 +143,12 @@ class _Packer:
         self.tallies: dict[str, tally.Tally] = {}
         self.heldout: set[bytes] = set()
 
-    def pack(self, folder: epath.Path, split: str, sources: Sequence[ChatSource]) -> dict[str, Any]:
+    def pack(self, folder: epath.Path, split: Split, sources: Sequence[ChatSource]) -> dict[str, Any]:
         counts = Counts()
         with logging.progress(f"chats {split}") as progress:
             written = packing.write(
                 folder,
-                self._pieces(sources, counts, progress),
+                self._pieces(sources, split, counts, progress),
                 vocab_size=self.tokenizer.vocab_size,
                 row_length=self.row_length,
                 window=WINDOW,
@@ -157,13 +159,15 @@ class _Packer:
         positions = max(counts.rows * self.row_length, 1)
         return dataclasses.asdict(counts) | {"padding_share": 1 - counts.tokens / positions}
 
-    def _pieces(self, sources: Sequence[ChatSource], counts: Counts, progress: logging.Progress) -> Iterator[Piece]:
+    def _pieces(
+        self, sources: Sequence[ChatSource], split: Split, counts: Counts, progress: logging.Progress
+    ) -> Iterator[Piece]:
         for source in sources:
-            counted = self.tallies[source.name] = tally.Tally()
-            for record in readers.read_objects(source, self.config.max_record_bytes):
+            counted = self.tallies.setdefault(source.name, tally.Tally())
+            for record in readers.read_split(source, split, self.config.max_record_bytes):
                 progress.advance(1, source.name)
                 value, shown = record.value, record.raw
-                piece = value if isinstance(value, Reason) else self._piece(value, source, record.where, counts)
+                piece = value if isinstance(value, Reason) else self._piece(value, split, record.where, counts)
                 if isinstance(piece, Reason):
                     shown = shown or f"{piece.detail} {value}".strip()
                     counted.count(record.where, piece, shown)
@@ -173,7 +177,7 @@ class _Packer:
                 counted.count(record.where, None, "")
                 yield piece
 
-    def _piece(self, value: Mapping[str, Any], source: ChatSource, where: str, counts: Counts) -> Piece | Reason:
+    def _piece(self, value: Mapping[str, Any], split: Split, where: str, counts: Counts) -> Piece | Reason:
         """A record's tokens and targets, cut at the row's end; or the reason against it."""
         messages = messages_of(value)
         if isinstance(messages, Reason):
@@ -189,7 +193,7 @@ class _Packer:
         if not targets.any():
             return Reason("no_assistant_message")
         same = hashlib.sha256(ids.tobytes()).digest()
-        if source.split == "heldout":
+        if split == "heldout":
             self.heldout.add(same)
         elif same in self.heldout:
             return Reason("is_held_out")

@@ -5,7 +5,7 @@ import math
 from typing import ClassVar, Literal
 
 from jaxlm.base.config import StageConfig, check
-from jaxlm.text.config import SourceConfig
+from jaxlm.text.config import ObjectSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PackConfig(StageConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatSource(SourceConfig):
+class ChatSource(ObjectSource):
     """Where some of the chats come from: JSONL, ArrayRecord, Parquet, TFDS or a function of yours; with messages, or
     prompt and completion.
 
@@ -56,11 +56,6 @@ class ChatSource(SourceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.format not in ("text", "markdown"),
-            "format",
-            f"got {self.format!r}; chats are objects: jsonl, parquet, array_record, tfds or python is needed",
-        )
         check(not self.general or self.split == "heldout", "general", "is measured only; set split='heldout' too")
 
 

@@ -21,6 +21,7 @@ from jaxlm.feedback.verifying import verifier_for
 from jaxlm.sample.sampler import Completion
 from jaxlm.text import readers
 from jaxlm.text.clean import Reason
+from jaxlm.text.config import Source
 from jaxlm.tokenizer.chat import ChatTemplate
 
 MAX_RECORD_BYTES = 2**24
@@ -36,7 +37,7 @@ class Chat(NamedTuple):
 def read(source: ChatSource, kinds: Sequence[str]) -> list[Chat]:
     """The chats of a source; with `kinds`, those whose "kind" is one of them. Raises UserError for what is no chat."""
     found = []
-    for where, value, _ in readers.read_objects(source, MAX_RECORD_BYTES):
+    for where, value, _ in measured(source):
         messages = value if isinstance(value, Reason) else chats.messages_of(value)
         if isinstance(messages, Reason) or isinstance(value, Reason):
             reason = messages if isinstance(messages, Reason) else value
@@ -48,6 +49,13 @@ def read(source: ChatSource, kinds: Sequence[str]) -> list[Chat]:
     if not found:
         raise UserError(f"chats: {source.name}: holds no chat" + (f" of kind {', '.join(kinds)}" if kinds else ""))
     return found
+
+
+def measured(source: Source) -> Iterator[readers.ObjectRecord]:
+    """The records that an evaluation reads of a source: all, or what other stages hold out of it."""
+    if source.heldout_share:
+        return readers.read_split(source, "heldout", MAX_RECORD_BYTES)
+    return readers.read_objects(source, MAX_RECORD_BYTES)
 
 
 def pack(some: Sequence[Chat], template: ChatTemplate, row_length: int, bytes_of: np.ndarray) -> Iterator[list[Piece]]:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.base import manifest
 from jaxlm.base.errors import UserError
 from jaxlm.evaluate import intervals
-from jaxlm.evaluate.config import RatingsConfig, WinRateConfig
-from jaxlm.evaluate.subject import Messages, Records, Subject
+from jaxlm.evaluate.config import EvaluateConfig, RatingsConfig, WinRateConfig
+from jaxlm.evaluate.subject import Messages, Records, Subject, subject_of
 from jaxlm.evaluate.tasks import objects
 from jaxlm.feedback import rankings
 from jaxlm.feedback.records import Annotation, RankingRecord
@@ -47,6 +48,33 @@ def answers(asked: Sequence[Messages], subject: Subject, sampling: SamplingConfi
 
 
 def win_rate(
+    config: EvaluateConfig, subject: Subject, records: Records, optimised: set[str], opened: Callable[[str, str], Any]
+) -> dict[str, Any]:
+    """The model's answers against another's, by a reward model; one of these two at a time is in memory too.
+
+    `opened(path, field)` gives a model's folder and its `hub.LanguageModel`. A reward model among those that the model
+    was `optimised` for, by hash, is no evidence.
+    """
+    asked_for = config.win_rate
+    assert asked_for is not None
+    asked = prompts(asked_for)
+    own = answers(asked, subject, config.sampling)
+    folder, rival = opened(asked_for.against, "win_rate.against")
+    told = {"against": str(folder)}
+    other = subject_of(config, rival, told["against"], "" if rival.chat_template else None)
+    others = answers(asked, other, config.sampling)
+    del rival, other
+    folder, judge = opened(asked_for.reward_model, "win_rate.reward_model")
+    found = compare(asked, own, others, lambda some: judge.reward(some, asked_for.criterion), records)
+    digest = manifest.read(folder).hash
+    told |= {"reward_model": str(folder), "reward_model_hash": digest}
+    if digest in optimised:
+        told["no_evidence"] = f"{folder} is the very reward model that the model was optimised for"
+    records.figures("win_rate", own, ["" for _ in own])
+    return found | told
+
+
+def compare(
     asked: Sequence[Messages],
     own: Sequence[Completion],
     others: Sequence[Completion],
@@ -81,6 +109,8 @@ def read(config: RatingsConfig) -> list[RankingRecord]:
     for source in config.sources:
         for where, outcome, _ in rankings.read(source):
             if isinstance(outcome, RankingRecord):
+                if source.heldout_share and source.split_of(outcome.prompt_id) == "train":
+                    continue
                 found.append(outcome)
             elif isinstance(outcome, Reason) and outcome.bad:
                 raise UserError(f"ratings.sources: {where}: {outcome.name}: {outcome.detail}; mend the record")

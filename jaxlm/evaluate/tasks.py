@@ -19,15 +19,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jaxlm.base import config as configs
 from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, JaxlmError, UserError
+from jaxlm.evaluate.answers import measured
 from jaxlm.evaluate.config import TaskConfig
 from jaxlm.text import readers
 from jaxlm.text.clean import Reason
-from jaxlm.text.config import SourceConfig
+from jaxlm.text.config import Source, SourceConfig
 
 FOLDER = epath.Path(__file__).parent / "data"
 SHIPPED = ("truthful",)
 ENDINGS = (".json", ".toml")
-MAX_RECORD_BYTES = 2**24
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 
@@ -152,10 +152,10 @@ def read(path: epath.PathLike) -> Task:
     return Task(config, path, examples, found[: config.shots], _renderer(config.prompt, f"{path}: prompt"), answer)
 
 
-def objects(source: SourceConfig, field: str) -> list[tuple[str, dict[str, Any]]]:
+def objects(source: Source, field: str) -> list[tuple[str, dict[str, Any]]]:
     """(file:line, object) of all records of a source. Raises UserError for a bad record, and for none at all."""
     found = []
-    for where, value, _ in readers.read_objects(source, MAX_RECORD_BYTES):
+    for where, value, _ in measured(source):
         if isinstance(value, Reason):
             raise UserError(f"{field}: {where}: {value}; a JSON object is needed")
         found.append((where, value))

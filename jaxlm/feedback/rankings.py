@@ -24,7 +24,7 @@ from jaxlm.base.errors import UserError
 from jaxlm.feedback.records import Annotation, Completion, Flag, RankingRecord, Role, Status, Tiers, to_json
 from jaxlm.text import readers
 from jaxlm.text.clean import Reason
-from jaxlm.text.config import SourceConfig
+from jaxlm.text.config import Source
 from jaxlm.text.tally import Rejects, Tally
 
 MOST_RANKED = 9
@@ -41,7 +41,7 @@ class Found(NamedTuple):
     """What a record that was put aside says; empty for a good one."""
 
 
-def read(source: SourceConfig, max_bytes: int = MAX_BYTES) -> Iterator[Found]:
+def read(source: Source, max_bytes: int = MAX_BYTES) -> Iterator[Found]:
     """All records of a source of objects (JSONL, ArrayRecord, Parquet, TFDS), in an order that does not change.
 
     A record that stands there twice is put aside, and is not bad. Raises UserError for files that cannot be read.
@@ -54,7 +54,7 @@ def read(source: SourceConfig, max_bytes: int = MAX_BYTES) -> Iterator[Found]:
 
 
 def load(
-    source: SourceConfig, rejects: Rejects | None = None, max_bytes: int = MAX_BYTES
+    source: Source, rejects: Rejects | None = None, max_bytes: int = MAX_BYTES
 ) -> tuple[list[RankingRecord], Tally]:
     """The good records of a source, and the counts of all by reason; bad ones go to `rejects`."""
     records, tally = [], Tally()

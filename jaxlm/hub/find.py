@@ -7,7 +7,7 @@ from etils import epath
 from jaxlm.base import files, manifest
 from jaxlm.base.errors import UserError
 from jaxlm.text import readers
-from jaxlm.text.config import SourceConfig
+from jaxlm.text.config import Source
 from jaxlm.train import model_directory
 
 
@@ -44,7 +44,7 @@ def find_model(path: epath.PathLike, field: str = "") -> epath.Path:
     raise UserError(f"{where}: holds no finished model{unfinished}; found {held}")
 
 
-def inputs_of(model: str, chat_template: str, sources: Iterable[SourceConfig]) -> dict[str, str]:
+def inputs_of(model: str, chat_template: str, sources: Iterable[Source]) -> dict[str, str]:
     """What a stage that trains a model on records reads (model, template if it is a file, sources) → a hash of each."""
     found = find_model(model, "model")
     read = {str(found): manifest.read(found).hash}

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.model.config import LoRAConfig
 from jaxlm.reward.config import AnnotatorWeight, RankingSource
+from jaxlm.text.config import check_sources
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
@@ -154,9 +155,7 @@ class PreferenceConfig(StageConfig):
 
     def __post_init__(self):
         check(bool(self.model), "model", "is empty; give a model directory or a run's folder")
-        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
-        names = [source.name for source in self.sources]
-        check(len(set(names)) == len(names), "sources", f"{names} are not all different")
+        check_sources(self.sources)
         given = [field for field in ("dpo", "kto", "orpo", "simpo") if getattr(self, field) is not None]
         found = " and ".join(given) or "none"
         check(len(given) == 1, given[0] if given else "dpo", f"give exactly one of dpo, kto, orpo, simpo; got {found}")

@@ -30,7 +30,8 @@ def read_records(
     with tally.rejects(path if jax.process_index() == 0 else epath.Path(os.devnull)) as rejects:
         for source in sources:
             records, tallies[source.name] = rankings.load(source, rejects)
-            found[source.split] += records
+            for record in records:
+                found[source.split_of(record.prompt_id)].append(record)
     report = tally.report(tallies)
     tally.refuse_bad(tallies, max_bad_share, path)
     logger.info("rankings: read %d, kept %d, dropped %s", report["read"], report["kept"], report["dropped"])

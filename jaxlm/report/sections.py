@@ -190,10 +190,14 @@ def config(folder: Path, config_class: Callable[[str], type]) -> Markup:
     return table(["field", "value", "default"], rows) + everything
 
 
-def changed(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, value, default) of what differs from the classes' defaults, without names and folders."""
+def changed(config: Any, path: str = "", made: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, value, default) of what differs from the defaults, without names and folders.
+
+    `made`: what the outer class has as its default here; where it has none, the class's own defaults count.
+    """
     for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), _default(field)
+        value = getattr(config, field.name)
+        default = configs.default_of(field) if made is None else getattr(made, field.name)
         if value == default or (not path and field.name in ("name", "workdir")):
             continue
         parts = {"": value}
@@ -201,12 +205,11 @@ def changed(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
             parts = {f".{number}": item for number, item in enumerate(value)}
         for suffix, part in parts.items():
             if dataclasses.is_dataclass(part):
-                yield from changed(part, f"{path}{field.name}{suffix}.")
+                if dataclasses.is_dataclass(default) and type(part) is not type(default):
+                    yield f"{path}{field.name}{suffix}", type(part).__name__, type(default).__name__
+                yield from changed(
+                    part, f"{path}{field.name}{suffix}.", default if type(part) is type(default) else None
+                )
             else:
-                yield f"{path}{field.name}{suffix}", configs.to_dict(part), configs.to_dict(default)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
+                known = None if default is dataclasses.MISSING else configs.to_dict(default)
+                yield f"{path}{field.name}{suffix}", configs.to_dict(part), known

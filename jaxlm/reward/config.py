@@ -5,21 +5,13 @@ from typing import ClassVar
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.model.config import LoRAConfig
-from jaxlm.text.config import SourceConfig
+from jaxlm.text.config import ObjectSource, check_sources
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RankingSource(SourceConfig):
+class RankingSource(ObjectSource):
     """Where some of the rankings come from: records of ranked answers, or pairs with chosen and rejected."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(
-            self.format in ("auto", "jsonl", "parquet", "array_record", "tfds", "python"),
-            "format",
-            f"got {self.format!r}; rankings are objects: jsonl, parquet, array_record, tfds or python is needed",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,9 +92,7 @@ class RewardConfig(StageConfig):
 
     def __post_init__(self):
         check(bool(self.model), "model", "is empty; give a model directory or a run's folder")
-        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
-        names = [source.name for source in self.sources]
-        check(len(set(names)) == len(names), "sources", f"{names} are not all different")
+        check_sources(self.sources)
         check(bool(self.criteria), "criteria", "is empty; name at least one, such as overall")
         check(len(set(self.criteria)) == len(self.criteria), "criteria", f"{self.criteria} names one twice")
         for field in ("batch_rows", "batch_pairs", "accumulate", "epochs", "reference_answers"):

@@ -8,6 +8,7 @@ from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.data.config import ChatSource, MixtureSource
 from jaxlm.feedback.config import VerifierConfig
 from jaxlm.model.config import LoRAConfig
+from jaxlm.text.config import check_sources
 from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig, WatchdogConfig
 
 
@@ -258,7 +259,7 @@ class RLConfig(StageConfig):
         check(bool(self.criteria) or not self.reward_model, "criteria", "is empty; name at least one")
         criteria = [criterion.name for criterion in self.criteria]
         check(len(set(criteria)) == len(criteria), "criteria", f"got {', '.join(criteria)}; each can be given once")
-        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
+        check_sources(self.sources)
         for field in ("prompts", "samples", "max_prompt_tokens", "max_tokens", "steps", "passes", "minibatch_answers"):
             check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
         numbers = "kl_budget", "heldout_prompts", "overlong_tokens", "loss_chunk_tokens", "sample_rows", "seed"

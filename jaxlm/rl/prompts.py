@@ -13,6 +13,7 @@ from jaxlm.data import chats
 from jaxlm.data.config import ChatSource
 from jaxlm.text import readers, tally
 from jaxlm.text.clean import Reason
+from jaxlm.text.config import Split
 from jaxlm.tokenizer.chat import ChatTemplate
 
 MAX_RECORD_BYTES = 2**24
@@ -32,11 +33,12 @@ class Prompt(NamedTuple):
 
 def read(
     sources: Sequence[ChatSource],
+    split: Split,
     template: ChatTemplate | None,
     encode: Callable[[str], list[int]],
     max_tokens: int,
 ) -> list[Prompt]:
-    """The prompts of the sources, in order; without a chat template they are plain texts.
+    """The prompts of a split of the sources, in order; without a chat template they are plain texts.
 
     An assistant's last message is left out: it is what the policy is to write. Raises Refused where too many records
     are bad, UserError where none is left.
@@ -44,8 +46,10 @@ def read(
     prompts: list[Prompt] = []
     tallies: dict[str, tally.Tally] = {}
     for source in sources:
+        if split not in source.splits:
+            continue
         counted = tallies[source.name] = tally.Tally()
-        for record in readers.read_objects(source, MAX_RECORD_BYTES):
+        for record in readers.read_split(source, split, MAX_RECORD_BYTES):
             made = _prompt(record.value, len(prompts), template, encode)
             if isinstance(made, Prompt) and len(made.ids) > max_tokens:
                 made = Reason("longer_than_max_prompt_tokens")

@@ -9,6 +9,7 @@ from jaxlm.distill.config import DistillConfig
 from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.objectives.config import ObjectiveConfig, check_fits
 from jaxlm.routing.config import RoutingConfig
+from jaxlm.text.config import check_sources
 from jaxlm.train.config import LoopConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
@@ -148,9 +149,7 @@ class SFTConfig(StageConfig):
 
     def __post_init__(self):
         check(bool(self.model), "model", "is empty; give a model directory or a run's folder")
-        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
-        names = [source.name for source in self.sources]
-        check(len(set(names)) == len(names), "sources", f"{names} are not all different")
+        check_sources(self.sources)
         for field in ("batch_rows", "accumulate"):
             check(getattr(self, field) >= 1, field, f"got {getattr(self, field)}; 1 or more is needed")
         check(

@@ -35,11 +35,12 @@ from jaxlm.evaluate import (
 )
 from jaxlm.evaluate import verdict as judging
 from jaxlm.evaluate.config import EvaluateConfig
-from jaxlm.evaluate.subject import Records, Subject, subject_of
+from jaxlm.evaluate.subject import Records, subject_of
 from jaxlm.evaluate.toxicity import WordLists
 from jaxlm.hub.find import find_model
 from jaxlm.hub.language_model import load
 from jaxlm.text import readers
+from jaxlm.text.config import Source
 
 Config = EvaluateConfig
 OUTPUTS = ("manifest.json", "results.json", "gate.json", "answers-*.jsonl", "examples/*.jsonl")
@@ -65,7 +66,8 @@ def inputs(config: EvaluateConfig) -> dict[str, str]:
         read[config.documents] = manifest.read(config.documents, "documents", "documents").hash
     if config.memorisation:
         read[config.memorisation.rows] = manifest.read(config.memorisation.rows, "rows", "memorisation.rows").hash
-    sources = [heldout.text_source(pattern, config.text_field) for pattern in config.texts] + [*config.chats]
+    texts = (heldout.text_source(pattern, config.text_field) for pattern in config.texts)
+    sources: list[Source] = [*texts, *config.chats]
     if config.win_rate:
         for field in ("against", "reward_model"):
             other = find_model(getattr(config.win_rate, field), f"win_rate.{field}")
@@ -118,7 +120,9 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     family = list(lineage.ancestors(folder))
     optimised = lineage.optimised_for(family)
     if config.win_rate:
-        results["win_rate"] = win_rate(config, subject, records, optimised)
+        mesh = sharding.make_mesh(config.mesh)
+        opened = lambda path, field: (found := find_model(path, field), load(found, mesh=mesh))
+        results["win_rate"] = preferences.win_rate(config, subject, records, optimised, opened)
         figures.show("win_rate", {"win_rate": results["win_rate"]})
     if config.ratings:
         unfit = lambda annotation: lineage.unfit_judge(annotation, optimised)
@@ -147,27 +151,3 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         facts={"results": results, "summary": summary},
     )
     return summary
-
-
-def win_rate(config: EvaluateConfig, subject: Subject, records: Records, optimised: set[str]) -> dict[str, Any]:
-    """The model's answers against another's, by a reward model; one of these two at a time is in memory too."""
-    asked_for = config.win_rate
-    assert asked_for is not None
-    asked = preferences.prompts(asked_for)
-    mesh = sharding.make_mesh(config.mesh)
-    own = preferences.answers(asked, subject, config.sampling)
-    folder = find_model(asked_for.against, "win_rate.against")
-    rival = load(folder, mesh=mesh)
-    other = subject_of(config, rival, str(folder), "" if rival.chat_template else None)
-    others = preferences.answers(asked, other, config.sampling)
-    del rival, other
-    judge_folder = find_model(asked_for.reward_model, "win_rate.reward_model")
-    judge = load(judge_folder, mesh=mesh)
-    reward = lambda conversations: judge.reward(conversations, asked_for.criterion)
-    found = preferences.win_rate(asked, own, others, reward, records)
-    digest = manifest.read(judge_folder).hash
-    told = {"against": str(folder), "reward_model": str(judge_folder), "reward_model_hash": digest}
-    if digest in optimised:
-        told["no_evidence"] = f"{judge_folder} is the very reward model that the model was optimised for"
-    records.figures("win_rate", own, ["" for _ in own])
-    return found | told

@@ -13,7 +13,6 @@ Held-out sources are read first: a train document that repeats one of theirs is 
 """
 
 import time
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,7 +62,7 @@ def main(config: PrepareConfig) -> dict[str, Any]:
             if split == "train" and config.ngram_words:
                 rules = [*rules, ("decontamination", heldout.rule(config.max_overlap_share))]
             with ShardWriter(workdir / split, config.shard_bytes) as shards:
-                for source in (s for s in config.sources if split in _splits(s)):
+                for source in (s for s in config.sources if split in s.splits):
                     counts = tallies.setdefault(source.name, Tally())
                     for document in _documents(source, split, config.max_record_bytes, rules, counts, rejects):
                         shards.write(document)
@@ -75,7 +74,7 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     report = tally.report(tallies)
     files.write_json(workdir / "report.json", report)
     tally.refuse_bad(tallies, config.max_bad_share, workdir / "rejects.jsonl.gz")
-    for split in {split for source in config.sources for split in _splits(source)}:
+    for split in {split for source in config.sources for split in source.splits}:
         if not facts[split]["documents"]:
             why = ", ".join(f"{name} {count}" for name, count in report["dropped"].items()) or "nothing was read"
             raise UserError(f"sources: no {split} document is left ({why}); {workdir}/report.json has examples")
@@ -100,19 +99,13 @@ def main(config: PrepareConfig) -> dict[str, Any]:
     return summary
 
 
-def _splits(source: SourceConfig) -> tuple[Split, ...]:
-    return ("heldout", "train") if source.heldout_share else (source.split,)
-
-
 def _documents(
     source: SourceConfig, split: Split, max_bytes: int, rules: list[tuple[str, Rule]], counts: Tally, rejects: Rejects
 ) -> Iterator[Document]:
     """The split's documents of a source that the rules keep; its bad records go to `rejects`."""
     for number, record in enumerate(readers.read(source, max_bytes)):
-        if source.heldout_share:
-            drawn = zlib.crc32(f"{source.name}:{number}".encode()) < source.heldout_share * 2**32
-            if drawn != (split == "heldout"):
-                continue
+        if source.split_of(number) != split:
+            continue
         outcome = counts.judge(record.where, record.outcome, record.raw, rules)
         if not isinstance(outcome, Reason):
             yield Document(outcome, record.source, f"{source.name}:{number}")

@@ -272,11 +272,9 @@ def main(config: RLConfig) -> dict[str, Any]:
         shape = directories.policy.config
         template = directories.policy.chat_template()
         sampler = sampler_of(config, directories.policy)
-        read = lambda split: prompts.read(
-            [s for s in config.sources if s.split == split], template, sampler.encode, config.max_prompt_tokens
-        )
+        read = lambda split: prompts.read(config.sources, split, template, sampler.encode, config.max_prompt_tokens)
         asked = read("train")
-        heldout = read("heldout") if any(s.split == "heldout" for s in config.sources) else []
+        heldout = read("heldout") if any("heldout" in s.splits for s in config.sources) else []
         heldout = heldout[: config.heldout_prompts or None]
         if both := len({prompt.ids for prompt in asked} & {prompt.ids for prompt in heldout}):
             logger.warning("%d of %d held-out prompts are trained on too", both, len(heldout))

@@ -1,21 +1,21 @@
 """What `prepare` reads, and which documents it keeps."""
 
 import dataclasses
+import zlib
 from typing import ClassVar, Literal
 
 from jaxlm.base.config import StageConfig, check
-from jaxlm.base.errors import ConfigError
 
 Format = Literal["auto", "jsonl", "text", "markdown", "parquet", "array_record", "tfds", "python"]
 Split = Literal["train", "heldout"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Where some of the documents come from."""
+class Source:
+    """Where some of the records come from."""
 
     name: str
-    """Stands in the report and at the start of each document's id."""
+    """Stands in the report, and at the start of a document's id."""
     path: str = ""
     """A file, a glob or a folder, local or remote; for tfds the dataset, such as wikipedia/20230601.en; for python your
     own function, package.module:function."""
@@ -26,14 +26,10 @@ class SourceConfig:
     split: Split = "train"
     """heldout is kept out of training: train documents that overlap with it are dropped."""
     heldout_share: float = 0.0
-    """split train only: this share of its documents, drawn by their place, is held out all the same."""
-    part_characters: int = 0
-    """text and markdown only: a file is cut at blank lines into documents of about so many characters; 0: a file is a
-    document."""
-    text_field: str = "text"
-    """Name of the field or column that holds the text."""
+    """split train only: this share of its records, drawn by their place (rankings: by their prompt), is held out all
+    the same, and is what evaluate reads of them."""
     language: str = ""
-    """Of its documents, such as en: evaluate shows figures by language."""
+    """Of its records, such as en: evaluate shows figures by language."""
     modules: tuple[str, ...] = ()
     """python only: what the function is given, names of modules such as json and numpy.linalg."""
     tfds_split: str = "train"
@@ -45,13 +41,54 @@ class SourceConfig:
         check(bool(self.name) and "/" not in self.name, "name", f"got {self.name!r}; a name without / is needed")
         check(0 <= self.heldout_share < 1, "heldout_share", f"got {self.heldout_share}; from 0 to below 1 is needed")
         check(not self.heldout_share or self.split == "train", "heldout_share", "the source is held out as a whole")
-        check(self.part_characters >= 0, "part_characters", f"got {self.part_characters}; 0 (off) or more is needed")
         check(bool(self.path), "path", f"is empty; the format {self.format} needs a path")
         if self.format == "python":
             module, _, function = self.path.partition(":")
             check(bool(module and function), "path", f"got {self.path!r}; package.module:function is needed")
         else:
             check(not self.modules, "modules", f"are read by the format python only, not by {self.format}")
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return ("heldout", "train") if self.heldout_share else (self.split,)
+
+    def split_of(self, key: object) -> Split:
+        """The split of the record whose place or prompt `key` is."""
+        drawn = zlib.crc32(f"{self.name}:{key}".encode()) < self.heldout_share * 2**32
+        return "heldout" if drawn else self.split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig(Source):
+    """Where some of the documents come from."""
+
+    part_characters: int = 0
+    """text and markdown only: a file is cut at blank lines into documents of about so many characters; 0: a file is a
+    document."""
+    text_field: str = "text"
+    """Name of the field or column that holds the text."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.part_characters >= 0, "part_characters", f"got {self.part_characters}; 0 (off) or more is needed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectSource(Source):
+    """Where some of the chats or rankings come from."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        readable = self.format not in ("text", "markdown")
+        check(readable, "format", f"got {self.format!r}; it holds texts: jsonl, parquet, array_record, tfds or python")
+
+
+def check_sources(sources: tuple[Source, ...]) -> None:
+    """Refuses sources none of which trains, and names that stand twice."""
+    check(any(source.split == "train" for source in sources), "sources", "none has split='train'; at least one must")
+    names = [source.name for source in sources]
+    for name in names:
+        check(names.count(name) == 1, "sources", f"{names.count(name)} are named {name!r}; names must differ")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +115,7 @@ class PrepareConfig(StageConfig):
     """Bytes of text a shard, before compression."""
 
     def __post_init__(self):
-        check(any(s.split == "train" for s in self.sources), "sources", "none has split='train'; at least one must")
-        names = [source.name for source in self.sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError("sources", f"{names.count(name)} are named {name!r}; names must differ")
+        check_sources(self.sources)
         check(self.min_characters >= 1, "min_characters", f"got {self.min_characters}; at least 1 is needed")
         check(
             self.max_characters >= self.min_characters,

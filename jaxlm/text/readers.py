@@ -20,7 +20,7 @@ from jaxlm.base import files
 from jaxlm.base.errors import UserError, nearest
 from jaxlm.text import installed
 from jaxlm.text.clean import Reason, parts
-from jaxlm.text.config import SourceConfig
+from jaxlm.text.config import Source, SourceConfig, Split
 
 BLOCK = 1 << 18  # bytes read at a time
 TOO_LARGE = Reason("longer_than_max_record_bytes", bad=True)
@@ -73,7 +73,13 @@ class ObjectRecord(NamedTuple):
     """As in `Record`."""
 
 
-def read_objects(source: SourceConfig, max_bytes: int) -> Iterator[ObjectRecord]:
+def read_split(source: Source, split: Split, max_bytes: int) -> Iterator[ObjectRecord]:
+    """The objects of one split of a source."""
+    records = enumerate(read_objects(source, max_bytes))
+    return (record for number, record in records if source.split_of(number) == split)
+
+
+def read_objects(source: Source, max_bytes: int) -> Iterator[ObjectRecord]:
     """The whole objects of a source (chats, pairs): of JSONL, ArrayRecord of JSON, Parquet, TFDS or a function."""
     if source.format == "python":
         yield from _made(source)
@@ -106,7 +112,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _made(source: SourceConfig) -> Iterator[ObjectRecord]:
+def _made(source: Source) -> Iterator[ObjectRecord]:
     """What the user's function yields. Raises UserError, naming the source, for whatever it raises."""
     make = _function(source)
     try:
@@ -119,7 +125,7 @@ def _made(source: SourceConfig) -> Iterator[ObjectRecord]:
         raise UserError(f"sources.{source.name}.path: {source.path} raised {type(error).__name__}: {error}") from error
 
 
-def _function(source: SourceConfig) -> Callable[[Sequence[str], str], Iterable[dict[str, Any]]]:
+def _function(source: Source) -> Callable[[Sequence[str], str], Iterable[dict[str, Any]]]:
     """The function that a source of the format python names."""
     module, _, name = source.path.partition(":")
     try:
@@ -128,7 +134,7 @@ def _function(source: SourceConfig) -> Callable[[Sequence[str], str], Iterable[d
         raise UserError(f"sources.{source.name}.path: {source.path} cannot be imported: {error}") from error
 
 
-def inputs(source: SourceConfig) -> dict[str, str]:
+def inputs(source: Source) -> dict[str, str]:
     """What the source consists of → a hash or version of each."""
     if source.format == "python":
         own = {source.path: files.sha256(inspect.getfile(_function(source)))}
@@ -144,7 +150,7 @@ _Reader = Callable[[epath.Path, str, int], Iterator[tuple[int, _Outcome]]]
 _Object = tuple[int, dict[str, Any] | Reason, Any]
 
 
-def _files(source: SourceConfig) -> list[tuple[epath.Path, _Reader]]:
+def _files(source: Source) -> list[tuple[epath.Path, _Reader]]:
     """The source's files, each with its reader. Raises UserError for no file and for an ending that says nothing."""
     field = f"sources.{source.name}.path"
     wanted = tuple(ENDINGS) if source.format == "auto" else (source.format,)
@@ -354,7 +360,7 @@ OBJECT_READERS: dict[_Reader, Callable[[epath.Path, int], Iterator[_Object]]] = 
 }
 
 
-def _tfds_builder(source: SourceConfig) -> Any:
+def _tfds_builder(source: Source) -> Any:
     tfds = _optional("tensorflow_datasets", "TFDS datasets")
     try:
         return tfds.builder(source.path, data_dir=source.tfds_folder or None)
@@ -362,7 +368,7 @@ def _tfds_builder(source: SourceConfig) -> Any:
         raise UserError(f"sources.{source.name}.path: {str(error).splitlines()[0]}") from error
 
 
-def _tfds_records(source: SourceConfig) -> tuple[Any, Any]:
+def _tfds_records(source: Source) -> tuple[Any, Any]:
     """(builder, records by random access) of a prepared TFDS dataset, without TensorFlow."""
     builder = _tfds_builder(source)
     try:

@@ -22,7 +22,7 @@ class Ledger:
     def __init__(self, workdir: str, step: int, watchdog: Watchdog):
         """To be made before the metrics are cut back to `step` (-1: of a new run)."""
         self.watchdog, self.data_seconds = watchdog, 0.0
-        self.began, self.before = time.time(), {}
+        self.began, self.before = time.time() - sum(watchdog.seconds().values()), {}
         if jax.process_index() != 0:
             return
         path = Path(workdir) / "time.json"

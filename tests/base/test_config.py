@@ -11,6 +11,9 @@ from jaxlm.base import config as configs
 from jaxlm.base.config import MeshConfig, StageConfig, check
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.config_files import load_config_file
+from jaxlm.model.config import LoRAConfig
+from jaxlm.preference.config import DPOConfig
+from jaxlm.reward.config import RankingSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,3 +209,43 @@ def test_every_stage_has_its_module(name):
     assert config_class(name).stage == name
     assert callable(module.main)
     assert callable(module.validate)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_defaults_that_help_shows_are_those_that_hold(name):
+    """A class that stands at two places with two defaults: each place shows its own."""
+    seen = 0
+    for path, kind, shown, _ in configs.describe(config_class(name)):
+        value = default_at(config_class(name), path.split("."))
+        if value is not dataclasses.MISSING and not dataclasses.is_dataclass(value):
+            assert shown == repr(value), (path, kind)
+            seen += 1
+    assert seen > 3
+
+
+def default_at(cls, path):
+    """The default that a stage's config really has; MISSING below a tuple, a None, and what has to be given."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == path[0])
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    for part in path[1:]:
+        value = getattr(value, part, dataclasses.MISSING)
+    return value
+
+
+def test_help_shows_the_stages_own_learning_rate_and_weight_decay():
+    shown = {path: default for path, _, default, _ in configs.describe(config_class("preference"))}
+    made = config_class("preference")(model="m", sources=(RankingSource(name="a", path="b"),), dpo=DPOConfig())
+    assert shown["optimizer.weight_decay"] == "0.0" == repr(made.optimizer.weight_decay)
+    assert (shown["schedule.peak"], shown["schedule.kind"]) == ("1e-06", "'linear'")
+    assert (made.schedule.peak, made.schedule.kind) == (1e-6, "linear")
+    # Below a field that is None by default, the class's own defaults come with the first part that is set.
+    assert shown["lora.rank"] == repr(LoRAConfig().rank)
+
+
+def test_a_wrong_type_is_told_in_words_of_the_help():
+    with pytest.raises(ConfigError) as caught:
+        configs.check_types(Outer(sizes=[1, 2]))  # type: ignore[arg-type]
+    assert "typing" not in str(caught.value)
+    assert "int,... is needed" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"inner\.kind: got 3 \(int\); a\|b is needed"):
+        configs.check_types(Outer(inner=Inner(kind=3)))  # type: ignore[arg-type]

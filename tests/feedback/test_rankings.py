@@ -14,6 +14,8 @@ from etils import epath
 from jaxlm.base.errors import UserError
 from jaxlm.feedback import rankings
 from jaxlm.feedback.records import Annotation, RankingRecord, pairs_of, to_json
+from jaxlm.preference.records import read_records
+from jaxlm.reward.config import RankingSource
 from jaxlm.text.config import SourceConfig
 from jaxlm.text.tally import rejects
 
@@ -280,3 +282,14 @@ def test_parquet_holds_records_too(tmp_path):
     ((_, reason, raw),) = rankings.read(source(tmp_path / "b.parquet"))
     assert (reason.name, reason.detail) == ("not_json", "Object of type datetime is not JSON serializable")
     assert "2025-01-31" in raw
+
+
+def test_a_prompts_rankings_are_held_out_together(tmp_path):
+    records = [RECORD | {"prompt_id": f"p{number % 50}", "extra": number} for number in range(100)]
+    lines(tmp_path / "r.jsonl", *records)
+    given = RankingSource(name="mine", path=str(tmp_path / "r.jsonl"), heldout_share=0.3)
+    found = read_records(str(tmp_path), [given], 0.0)
+    train, heldout = ({record.prompt_id for record in found[split]} for split in ("train", "heldout"))
+    assert len(found["train"]) + len(found["heldout"]) == 100
+    assert not train & heldout
+    assert 5 <= len(heldout) <= 25  # 15, of a standard deviation of 3.2

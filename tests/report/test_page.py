@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -8,9 +9,12 @@ from jaxlm.__main__ import config_class
 from jaxlm.base import config as configs
 from jaxlm.data.config import ChatSource
 from jaxlm.feedback.config import VerifierConfig
+from jaxlm.preference.config import DPOConfig, PreferenceConfig
 from jaxlm.report import charts, page, sections, tables
 from jaxlm.report.charts import Curve
+from jaxlm.reward.config import RankingSource
 from jaxlm.rl.config import GRPOConfig, RLConfig
+from jaxlm.train.config import OptimizerConfig, ScheduleConfig
 
 
 @pytest.fixture
@@ -75,6 +79,17 @@ def test_what_differs_from_the_defaults_is_said(policy):
     assert changed["sources.0.path"] == ("prompts.jsonl", "")
     assert changed["verifiers.0.kind"][0] == "exact"
     assert not {"prompts", "grpo.baseline", "sources.0.split", "workdir"} & {*changed}
+
+
+def test_the_defaults_are_the_stages_own():
+    """Preference trains without weight decay and with a linear schedule, unlike the classes that hold these fields."""
+    sources = (RankingSource(name="a", path="b"),)
+    made = PreferenceConfig(model="m", sources=sources, dpo=DPOConfig())
+    assert not [field for field, *_ in sections.changed(made) if field.startswith(("optimizer", "schedule"))]
+    other = dataclasses.replace(made, optimizer=OptimizerConfig(), schedule=ScheduleConfig(peak=1e-6))
+    changed = {field: (value, default) for field, value, default in sections.changed(other)}
+    assert changed["optimizer.weight_decay"] == (OptimizerConfig().weight_decay, 0.0)
+    assert changed["schedule.kind"] == ("cosine", "linear")
 
 
 def test_a_config_of_another_version_is_shown_whole(policy):

@@ -1,5 +1,6 @@
 """Prompts: what is read, what is dropped and why, and which of them a step asks."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -27,7 +28,7 @@ def source(tmp_path: Path, *records, name: str = "train") -> ChatSource:
 
 def test_plain_texts(tmp_path):
     given = source(tmp_path, {"prompt": "1 + 1 =", "target": "2"}, {"prompt": "é"})
-    one, two = prompts.read([given], None, encode, 16)
+    one, two = prompts.read([given], "train", None, encode, 16)
     assert one == (0, "1 + 1 =", (257, *b"1 + 1 ="), {"prompt": "1 + 1 =", "target": "2"}, f"{given.path}:1")
     assert (two.number, two.text, two.ids) == (1, "é", (257, 0xC3, 0xA9))
 
@@ -43,7 +44,7 @@ def test_conversations_end_where_the_assistant_is_to_write(tmp_path):
         {"prompt": "Why?"},
         {"messages": [*answered, {"role": "user", "content": "How?"}]},
     ]
-    made = prompts.read([source(tmp_path, *records)], template, encode, 500)
+    made = prompts.read([source(tmp_path, *records)], "train", template, encode, 500)
     assert [prompt.text for prompt in made] == ["Why?", "Why?", "Why?", "Why?", "How?"]
     assert made[0].ids == made[1].ids == made[2].ids == tuple(template.prompt(asked))
     assert made[3].ids == tuple(template.prompt(asked[1:]))
@@ -55,24 +56,24 @@ def test_conversations_end_where_the_assistant_is_to_write(tmp_path):
 
 def test_every_record_is_a_prompt_or_dropped_for_a_reason(tmp_path, capsys):
     long = {"prompt": "x" * 16}
-    made = prompts.read([source(tmp_path, {"prompt": "x" * 15}, long, {"prompt": "y"})], None, encode, 16)
+    made = prompts.read([source(tmp_path, {"prompt": "x" * 15}, long, {"prompt": "y"})], "train", None, encode, 16)
     # Numbers name random numbers: they go on without a gap.
     assert [(p.number, len(p.ids), p.where[-2:]) for p in made] == [(0, 16, ":1"), (1, 2, ":3")]
     with pytest.raises(UserError, match="no prompt is left; dropped {'longer_than_max_prompt_tokens': 1}"):
-        prompts.read([source(tmp_path, long)], None, encode, 16)
+        prompts.read([source(tmp_path, long)], "train", None, encode, 16)
     with pytest.raises(UserError, match="sources.empty: holds no record"):
-        prompts.read([source(tmp_path, name="empty")], None, encode, 16)
+        prompts.read([source(tmp_path, name="empty")], "train", None, encode, 16)
     good = [{"prompt": "x"}] * 150
     bad = ["{broken", {"text": "no prompt"}]
-    assert len(prompts.read([source(tmp_path, *good, bad[0])], None, encode, 16)) == 150
+    assert len(prompts.read([source(tmp_path, *good, bad[0])], "train", None, encode, 16)) == 150
     with pytest.raises(Refused, match="sources.train: 2 of 152 records are bad.*malformed_json"):
-        prompts.read([source(tmp_path, *good, *bad)], None, encode, 16)
+        prompts.read([source(tmp_path, *good, *bad)], "train", None, encode, 16)
     chats = source(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
     with pytest.raises(Refused, match="conversation_for_a_model_without_chat_template"):
-        prompts.read([chats], None, encode, 16)
+        prompts.read([chats], "train", None, encode, 16)
     alone = source(tmp_path, {"messages": [{"role": "assistant", "content": "x"}]})
     with pytest.raises(Refused, match="refused_by_the_chat_template"):
-        prompts.read([alone], chat.load("chatml", TOKENIZER), encode, 100)
+        prompts.read([alone], "train", chat.load("chatml", TOKENIZER), encode, 100)
 
 
 @pytest.mark.parametrize("count", [3, 40, 64])
@@ -112,3 +113,14 @@ def test_the_next_prompt_stands_where_one_is_excluded():
         prompts.Order(asked, 4, seed=3, exclude=("12",))
     with pytest.raises(ConfigError, match="exclude: names every prompt"):
         prompts.Order(asked[:2], 4, seed=3, exclude=("0", "1"))
+
+
+def test_a_share_is_held_out_and_the_splits_are_all(tmp_path):
+    one = source(tmp_path, *({"prompt": f"{number}"} for number in range(400)))
+    share = dataclasses.replace(one, heldout_share=0.2)
+    train, heldout = ({p.text for p in prompts.read([share], split, None, encode, 16)} for split in share.splits[::-1])
+    assert train | heldout == {str(number) for number in range(400)}
+    assert not train & heldout
+    assert 50 < len(heldout) < 110  # 80, of a standard deviation of 8
+    whole = dataclasses.replace(one, name="other", split="heldout")
+    assert len(prompts.read([one, whole], "train", None, encode, 16)) == 400

@@ -12,9 +12,11 @@ import pytest
 from stage_runs import lines_of, pretrained, written
 
 import jaxlm
+from jaxlm.base.config import override
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.data.config import ChatRowsConfig, ChatSource, MixtureSource
 from jaxlm.data.loader import RowSource
+from jaxlm.evaluate import answers
 from jaxlm.model.transformer import define_model
 from jaxlm.stages import sft
 from jaxlm.stages.config import SFTConfig
@@ -154,6 +156,28 @@ def test_every_record_is_kept_or_dropped_for_a_reason(config, tmp_path):
     assert stop not in full["ids"][full["loss_mask"]]
     with pytest.raises(Refused, match=r"sources.train: 3 of 8 records are bad \(.*malformed_json 1.*more than max_bad"):
         sft.main(dataclasses.replace(config, sources=sources, steps=1, workdir=config.workdir + "-strict"))
+
+
+def test_a_share_of_the_chats_is_held_out_of_training(config, tmp_path):
+    many = [{"prompt": f"{number}?", "completion": "moo"} for number in range(60)]
+    share = dataclasses.replace(ChatSource(name="mine", path=written(tmp_path / "m.jsonl", many)), heldout_share=0.25)
+    sft.main(dataclasses.replace(config, sources=(share,), steps=1))
+    facts = json.loads((Path(config.workdir) / "rows/manifest.json").read_text())["facts"]
+    assert facts["train"]["documents"] + facts["heldout"]["documents"] == 60
+    assert 5 <= facts["heldout"]["documents"] <= 25  # 15, of a standard deviation of 3.4
+    report = json.loads((Path(config.workdir) / "rows/report.json").read_text())
+    assert (report["read"], report["kept"]) == (60, 60)
+    assert any("eval/loss" in line for line in lines_of(config.workdir))
+    # An evaluation of the same source reads what was held out of it, and of another source everything.
+    asked = {chat.messages[0]["content"] for chat in answers.read(share, ())}
+    assert len(asked) == facts["heldout"]["documents"]
+    assert len(answers.read(dataclasses.replace(share, heldout_share=0.0), ())) == 60
+
+
+def test_fields_of_documents_are_not_taken_for_chats(config):
+    for field in ("text_field", "part_characters"):
+        with pytest.raises(ConfigError, match=rf"sources\.train\.{field}: no such field"):
+            override(config, {f"sources.train.{field}": "4"})
 
 
 def test_masks_of_zeros_and_of_ones_are_refused(config, tmp_path):

@@ -59,8 +59,10 @@ def test_sums_go_on_over_restarts_and_what_is_taken_again_is_lost(tmp_path):
 
 
 def test_goodput_is_the_share_of_steps_that_stayed(tmp_path):
-    ledger = Ledger(str(tmp_path), -1, Told(step=60.0, eval=20.0))
+    told = Told()
+    ledger = Ledger(str(tmp_path), -1, told)
     ledger.began -= 100.0
+    told.of |= {"step": 60.0, "eval": 20.0}
     assert ledger.values()["train/goodput"] == pytest.approx(0.6, rel=1e-2)
 
 
@@ -116,3 +118,20 @@ def test_little_memory_is_warned_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(hosts, "host_memory", lambda: host_memory(str(tmp_path)))
     assert hosts.memory_is_low(7)
     assert "step 7: 0.0 of 0.1 GiB" in caplog.text
+
+
+def test_parts_never_sum_to_more_than_the_wall_time(tmp_path):
+    """Starting and compiling come before the ledger is made, and are counted."""
+    watchdog = Watchdog(WatchdogConfig())
+    time.sleep(0.2)
+    watchdog.enter("compile")
+    time.sleep(0.1)
+    ledger = Ledger(str(tmp_path), -1, watchdog)
+    watchdog.enter("step")
+    time.sleep(0.1)
+    values = ledger.values()
+    wall = time.time() - ledger.began
+    share = values.pop("train/goodput")
+    assert sum(values.values()) == pytest.approx(wall, abs=0.02)
+    assert share == pytest.approx(values["time/step_seconds"] / wall, abs=0.02)
+    assert 0.2 < share < 0.4
