@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
+import re
 import runpy
 import traceback
 from typing import Any
 
-from jaxlm.base.config import check_types
-from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.base.config import StageConfig, check_types, field_types
+from jaxlm.base.errors import ConfigError, UserError, nearest
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
@@ -36,10 +37,11 @@ def load_config_file(path: str) -> Any:
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
-        told = _wrong_type(error) or f"{type(error).__name__}: {error}"
+        told = _wrong_type(error) or _wrong_field(error) or f"{type(error).__name__}: {error}"
         raise UserError(f"{path}:{_line_in(path, error)}: {told}") from error
     if not dataclasses.is_dataclass(config):
-        raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a config")
+        kind = type(config).__name__
+        raise UserError(f"{path}: get_config() returned {kind}; return a stage's config, such as PretrainConfig(...)")
     return config
 
 
@@ -52,6 +54,17 @@ def _wrong_type(error: Exception) -> ConfigError | None:
                 check_types(made)
             except ConfigError as found:
                 return found
+    return None
+
+
+def _wrong_field(error: Exception) -> ConfigError | None:
+    """The field that a config class does not have, if that is what Python says."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    classes = StageConfig.__subclasses__() if found else ()
+    namespaces = [frame.f_globals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for cls in [*classes, *(space[found[1]] for space in namespaces if found and found[1] in space)]:
+        if found and cls.__name__ == found[1] and dataclasses.is_dataclass(cls):
+            return ConfigError(found[2], f"no such field of {found[1]}{nearest(found[2], field_types(cls))}")
     return None
 
 

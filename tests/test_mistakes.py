@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,9 +18,10 @@ from jaxlm.base.config import MeshConfig
 from jaxlm.data.config import ChatSource, MixtureSource, PackConfig
 from jaxlm.evaluate.config import EvaluateConfig
 from jaxlm.feedback.config import VerifierConfig
+from jaxlm.hub.config import ExportConfig
 from jaxlm.model.config import ModelConfig
 from jaxlm.reward.config import RankingSource, RewardConfig
-from jaxlm.rl.config import GRPOConfig, KLConfig, PPOConfig, RLConfig
+from jaxlm.rl.config import CriterionWeight, GRPOConfig, KLConfig, PPOConfig, RLConfig
 from jaxlm.sample.config import SampleConfig, SamplingConfig
 from jaxlm.stages.config import PretrainConfig, RunConfig, SFTConfig
 from jaxlm.text.config import PrepareConfig, SourceConfig
@@ -64,71 +66,229 @@ RL = (
     "RLConfig(model='model', sources=(ChatSource(name='mine', path='prompts.jsonl'),), "
     "verifiers=(VerifierConfig(kind='exact'),), grpo=GRPOConfig(), samples=2, prompts=8, minibatch_answers=16)"
 )
+EVALUATE = "EvaluateConfig(model='model', rows='rows')"
 SAMPLE = "SampleConfig(model='model', prompts=('a',))"
 RUN = f"RunConfig(stages=({PREPARE.format(path='texts.jsonl')}, TokenizerConfig(documents='@prepare', kind='byte')))"
 
 SHORT = ["--config.max_tokens=16", "--config.max_prompt_tokens=16"]
 
-# Name: (stage, config, further arguments, what the message says; exit code 2 where none is given)
-MISTAKES: dict[str, tuple] = {
-    "a stage that is none": ("pretrian", PRETRAIN, [], "no stage is called 'pretrian'; did you mean 'pretrain'?"),
-    "a field that is none": ("pretrain", PRETRAIN, ["--config.stepz=5"], "stepz: no such field; did you mean 'steps'"),
-    "a field below one that is none": (
-        "pretrain", PRETRAIN, ["--config.model.layer=5"], "model.layer: no such field; did you mean 'layers'"
+
+class Mistake(NamedTuple):
+    stage: str
+    config: str
+    arguments: list[str]
+    named: str
+    """the field, flag or file that the message begins with"""
+    wrong: str
+    """what it says of what stands there"""
+    mend: str
+    """what it says would be right"""
+    code: int = 2
+
+
+MISTAKES = {
+    "a stage that is none": Mistake(
+        "pretrian", PRETRAIN, [], "no stage", "is called 'pretrian'", "did you mean 'pretrain'?"
     ),
-    "a field without a value": ("pretrain", PRETRAIN, ["--config.steps"], "--config.steps: has no value"),
-    "a word for a number": ("pretrain", PRETRAIN, ["--config.steps=many"], "steps: got 'many'"),
-    "a fraction for a whole number": ("pretrain", PRETRAIN, ["--config.steps=1.5"], "steps: got '1.5'"),
-    "a kind that is none": ("pretrain", PRETRAIN, ["--config.schedule.kind=cosin"], "schedule.kind: got 'cosin'"),
-    "a word for yes": ("pretrain", PRETRAIN, ["--config.model.qk_norm=yeah"], "model.qk_norm: got 'yeah'"),
-    "an item that is none": ("prepare", PREPARE.format(path="x"), ["--config.sources.test.path=x"], "sources.test"),
-    "a flag that is none": ("pretrain", PRETRAIN, ["--confg=x"], "Unknown command line flag 'confg'"),
-    "a loose word": ("pretrain", PRETRAIN, ["fast"], "'fast': is not understood"),
-    "a config of another stage": ("sft", PRETRAIN, [], "is a config for 'pretrain', not for 'sft'"),
-    "a config with a typing error": ("pretrain", "PretrainConfig(data=()", [], ".py:"),
-    "a config that is no config": ("pretrain", "{}", [], "get_config() returned dict, not a config"),
-    "a wrong keyword in a config": ("pretrain", "PretrainConfig(stepz=3)", [], "stepz"),
-    "a wrong type in a config": ("pretrain", PRETRAIN.replace("steps=2", "steps='2'"), [], "x.py:"),
-    "a path that is none": ("prepare", PREPARE.format(path="gone/*.txt"), [], "path: no file matches gone/*.txt"),
-    "an empty file": ("sft", SFT.format(path="empty.jsonl"), [], "sources.mine: holds no record at all"),
-    "chats for documents": ("prepare", PREPARE.format(path="chats.jsonl"), [], "text", 3),
-    "documents for chats": ("sft", SFT.format(path="texts.jsonl"), [], "no_messages_and_no_prompt", 3),
-    "documents for rankings": ("reward", REWARD.format(path="texts.jsonl"), [], "missing_field 2", 3),
-    "a line that is no JSON": ("sft", SFT.format(path="broken.jsonl"), [], "malformed_json 1", 3),
-    "chats in another format": ("sft", SFT.format(path="roles.jsonl"), [], "no_messages_and_no_prompt", 3),
-    "a rank for an answer that is not there": ("reward", REWARD.format(path="strangers.jsonl"), [], "z", 3),
-    "rankings that only tie": ("reward", REWARD.format(path="ties.jsonl"), [], "untied"),
-    "a model that is not there": ("sft", SFT.format(path="chats.jsonl"), ["--config.model=gone"], "model: gone"),
-    "a model that is not finished": ("sft", SFT.format(path="chats.jsonl"), ["--config.model=begun"], "begun"),
-    "rows for a model": ("sft", SFT.format(path="chats.jsonl"), ["--config.model=rows"], "rows"),
-    "a text for rows": ("pretrain", PRETRAIN, ["--config.data.0.path=texts.jsonl"], "texts.jsonl"),
-    "a vocabulary too small": ("pretrain", PRETRAIN, ["--config.model.vocab_size=64"], "model.vocab_size"),
-    "heads that do not divide": ("pretrain", PRETRAIN, ["--config.model.heads=3"], "heads"),
-    "a batch too small for the mesh": ("pretrain", PRETRAIN, ["--config.batch_rows=4"], "batch_rows: 4 rows"),
-    "pieces that do not divide": ("pretrain", PRETRAIN, ["--config.accumulate=3"], "3 pieces"),
-    "a mesh that does not divide": ("pretrain", PRETRAIN, ["--config.mesh.tensor=3"], "mesh"),
-    "no reward at all": ("rl", RL, ["--config.verifiers="], "reward_model: is empty, and there is no verifier"),
-    "two methods at once": ("rl", RL.replace("grpo=", "ppo=PPOConfig(), grpo="), [], "exactly one of ppo"),
-    "a group of one": ("rl", RL, ["--config.samples=1", "--config.prompts=16"], "samples: got 1; a group needs"),
-    "a minibatch that does not divide": ("rl", RL, ["--config.minibatch_answers=5"], "minibatch_answers: 5 does not"),
-    "a language model for a reward model": (
-        "rl", RL, ["--config.reward_model=model", *SHORT], "is a language model; the stage reward makes one"
+    "a field that is none": Mistake(
+        "pretrain", PRETRAIN, ["--config.stepz=5"], "stepz", "no such field", "did you mean 'steps'?"
     ),
-    "a temperature below 0": ("sample", SAMPLE, ["--config.sampling.temperature=-1"], "sampling.temperature: got -1"),
-    "nothing to say": ("sample", "SampleConfig(model='model')", [], "prompts"),
-    "a chat template that is not there": (
-        "sft", SFT.format(path="chats.jsonl"), ["--config.chat_template=mine.jinja"], "mine.jinja"
+    "a field below one that is none": Mistake(
+        "pretrain", PRETRAIN, ["--config.model.layer=5"], "model.layer", "no such field", "did you mean 'layers'"
     ),
-    "a template that hides what is said": (
-        "sft", SFT.format(path="chats.jsonl"), ["--config.chat_template=bad.jinja"], "refused_by_the_chat_template", 3
+    "a field of documents for chats": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.sources.mine.text_field=x"],
+        "sources.mine.text_field", "no such field", "known here: format, general, heldout_share",
     ),
-    "rows shorter than every chat": (
-        "sft", SFT.format(path="chats.jsonl"), ["--config.row_length=8"], "answer_beyond_the_row 20"
+    "a field without a value": Mistake(
+        "pretrain", PRETRAIN, ["--config.steps"], "--config.steps", "has no value", "write --config.steps=VALUE"
     ),
-    "a stage that comes later": ("run", RUN.replace("@prepare", "@later"), [], "'@later' names no earlier stage"),
-    "a stage that is not in the file": ("run", RUN, ["--config.only=sft"], "only"),
-    "a workdir in a bucket": ("pretrain", PRETRAIN, ["--workdir=gs://b/x"], "mount the bucket"),
-    "a workdir that is a file": ("pretrain", PRETRAIN, ["--workdir=texts.jsonl/x"], "cannot be written"),
+    "a word for a number": Mistake(
+        "pretrain", PRETRAIN, ["--config.steps=many"], "steps", "got 'many'", "a whole number is needed"
+    ),
+    "a fraction for a whole number": Mistake(
+        "pretrain", PRETRAIN, ["--config.steps=1.5"], "steps", "got '1.5'", "a whole number is needed"
+    ),
+    "a kind that is none": Mistake(
+        "pretrain", PRETRAIN, ["--config.schedule.kind=cosin"], "schedule.kind", "got 'cosin'",
+        "one of cosine, wsd, linear is needed",
+    ),
+    "a word for yes": Mistake(
+        "pretrain", PRETRAIN, ["--config.model.qk_norm=yeah"], "model.qk_norm", "got 'yeah'", "true or false is needed"
+    ),
+    "an item that is none": Mistake(
+        "prepare", PREPARE.format(path="x"), ["--config.sources.test.path=x"], "sources.test", "no such item among 1",
+        "known here: train",
+    ),
+    "a flag that is none": Mistake(
+        "pretrain", PRETRAIN, ["--confg=x"], "Unknown command line flag 'confg'", "", "Did you mean: config"
+    ),
+    "a loose word": Mistake(
+        "pretrain", PRETRAIN, ["fast"], "'fast'", "is not understood", "--config, --workdir and --config.FIELD=VALUE"
+    ),
+    "a config of another stage": Mistake(
+        "sft", PRETRAIN, [], "x.py", "is a config for 'pretrain', not for 'sft'", "python -m jaxlm pretrain takes it"
+    ),
+    "a config with a typing error": Mistake(
+        "pretrain", "PretrainConfig(data=()", [], "x.py:16", "'(' was never closed", ""
+    ),
+    "a config that is no config": Mistake(
+        "pretrain", "{}", [], "x.py", "get_config() returned dict", "return a stage's config, such as PretrainConfig"
+    ),
+    "a wrong keyword in a config": Mistake(
+        "pretrain", "PretrainConfig(stepz=3)", [], "x.py:16: stepz", "no such field of PretrainConfig",
+        "did you mean 'steps'?",
+    ),
+    "a wrong type in a config": Mistake(
+        "pretrain", PRETRAIN.replace("steps=2", "steps='2'"), [], "x.py:16: steps", "got '2' (str)", "int is needed"
+    ),
+    "a path that is none": Mistake(
+        "prepare", PREPARE.format(path="gone/*.txt"), [], "sources.train.path", "no file matches gone/*.txt",
+        "seen from /",
+    ),
+    "an empty file": Mistake(
+        "sft", SFT.format(path="empty.jsonl"), [], "sources.mine", "holds no record at all", ""
+    ),
+    "chats for documents": Mistake(
+        "prepare", PREPARE.format(path="chats.jsonl"), [], "sources.train", "20 of 20 records are bad (no_text_field",
+        "chats.jsonl:1: no_text_field: has messages, but no text; set text_field", 3,
+    ),
+    "documents for chats": Mistake(
+        "sft", SFT.format(path="texts.jsonl"), [], "sources.mine", "2 of 2 records are bad",
+        "has text; messages, or prompt with completion, are needed", 3,
+    ),
+    "documents for rankings": Mistake(
+        "reward", REWARD.format(path="texts.jsonl"), [], "sources.mine", "2 of 2 records are bad (missing_field 2)",
+        "texts.jsonl:1: missing_field: completions: is missing", 3,
+    ),
+    "a line that is no JSON": Mistake(
+        "sft", SFT.format(path="broken.jsonl"), [], "sources.mine", "1 of 1 records are bad (malformed_json 1)",
+        "broken.jsonl:1: malformed_json: Expecting value", 3,
+    ),
+    "chats in another format": Mistake(
+        "sft", SFT.format(path="roles.jsonl"), [], "sources.mine", "1 of 1 records are bad",
+        "has conversations; messages, or prompt with completion, are needed", 3,
+    ),
+    "a rank for an answer that is not there": Mistake(
+        "reward", REWARD.format(path="strangers.jsonl"), [], "sources.mine", "(unknown_completion 1)",
+        "rankings.overall: names 'z', which is no completion here", 3,
+    ),
+    "rankings that only tie": Mistake(
+        "reward", REWARD.format(path="ties.jsonl"), [], "sources", "no prompt is left with answers to compare",
+        "1 no_untied_pair",
+    ),
+    "an annotator who ranks nothing": Mistake(
+        "reward", REWARD.format(path="rankings.jsonl"), ["--config.heldout_annotators=anne"], "heldout_annotators",
+        "no record is by 'anne'", "did you mean 'ann'?",
+    ),
+    "a criterion that nobody ranks by": Mistake(
+        "reward", REWARD.format(path="rankings.jsonl"), ["--config.criteria=overal"], "criteria",
+        "no record ranks by 'overal'", "did you mean 'overall'?",
+    ),
+    "a model that is not there": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.model=gone"], "model", "gone: no such folder",
+        "a model directory or a run's folder is needed",
+    ),
+    "a model that is not finished": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.model=begun"], "model", "begun: holds no finished model",
+        "found config.json",
+    ),
+    "rows for a model": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.model=rows"], "model", "rows: holds no finished model",
+        "found heldout, manifest.json",
+    ),
+    "a text for rows": Mistake(
+        "pretrain", PRETRAIN, ["--config.data.0.path=texts.jsonl"], "data.0.path", "texts.jsonl: is not finished",
+        "python -m jaxlm pack makes it",
+    ),
+    "a vocabulary too small": Mistake(
+        "pretrain", PRETRAIN, ["--config.model.vocab_size=64"], "model.vocab_size", "64 is below the tokenizer's 275",
+        "0 takes them",
+    ),
+    "heads that do not divide": Mistake(
+        "pretrain", PRETRAIN, ["--config.model.heads=3"], "model.heads", "3 does not divide 32", "set head_size"
+    ),
+    "a batch too small for the mesh": Mistake(
+        "pretrain", PRETRAIN, ["--config.batch_rows=4"], "batch_rows", "4 rows do not divide among 8 parts",
+        "a multiple of 8 is needed",
+    ),
+    "pieces that do not divide": Mistake(
+        "pretrain", PRETRAIN, ["--config.accumulate=3"], "accumulate", "3 pieces do not divide", "a batch of 16 rows"
+    ),
+    "a mesh that does not divide": Mistake(
+        "pretrain", PRETRAIN, ["--config.mesh.tensor=3"], "mesh", "tensor=3 does not divide 8 devices",
+        "all sizes together must make them up",
+    ),
+    "no reward at all": Mistake(
+        "rl", RL, ["--config.verifiers="], "reward_model", "is empty, and there is no verifier either",
+        "give one of the two",
+    ),
+    "criteria of no reward model": Mistake(
+        "rl", RL.replace("samples=2", "samples=2, criteria=(CriterionWeight(name='kind'),)"), [],
+        "x.py:16: criteria", "weighs what a reward model says", "give reward_model too",
+    ),
+    "two methods at once": Mistake(
+        "rl", RL.replace("grpo=", "ppo=PPOConfig(), grpo="), [], "x.py:16: ppo", "got ppo and grpo",
+        "give exactly one of ppo",
+    ),
+    "a group of one": Mistake(
+        "rl", RL, ["--config.samples=1", "--config.prompts=16"], "samples", "got 1", "a group needs at least 2 answers"
+    ),
+    "a minibatch that does not divide": Mistake(
+        "rl", RL, ["--config.minibatch_answers=5"], "minibatch_answers", "5 does not divide a rollout of 16 answers",
+        "(prompts x samples)",
+    ),
+    "a language model for a reward model": Mistake(
+        "rl", RL, ["--config.reward_model=model", *SHORT], "reward_model", "is a language model",
+        "the stage reward makes one",
+    ),
+    "a temperature below 0": Mistake(
+        "sample", SAMPLE, ["--config.sampling.temperature=-1"], "sampling.temperature", "got -1", "0 or more is needed"
+    ),
+    "nothing to say": Mistake(
+        "sample", "SampleConfig(model='model')", [], "x.py:16: prompts", "", "give either prompts or a prompts_file"
+    ),
+    "a chat template that is not there": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.chat_template=mine.jinja"], "chat_template",
+        "got 'mine.jinja', no file and no template", "known here: chatml, llama2",
+    ),
+    "a template that hides what is said": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.chat_template=bad.jinja"], "sources.mine",
+        "(refused_by_the_chat_template 20)", "chats.jsonl:1: refused_by_the_chat_template: ", 3,
+    ),
+    "rows shorter than every chat": Mistake(
+        "sft", SFT.format(path="chats.jsonl"), ["--config.row_length=8"], "sources", "(answer_beyond_the_row 20;",
+        "row_length is 8",
+    ),
+    "a stage that comes later": Mistake(
+        "run", RUN.replace("@prepare", "@later"), [], "stages.tokenizer.documents", "'@later' names no earlier stage",
+        "earlier ones: prepare",
+    ),
+    "a stage that is not in the file": Mistake(
+        "run", RUN, ["--config.only=sft"], "only", "no stage is called 'sft'", "the stages are prepare, tokenizer"
+    ),
+    "a workdir in a bucket": Mistake(
+        "pretrain", PRETRAIN, ["--workdir=gs://b/x"], "--workdir", "gs://b/x is no folder", "mount the bucket"
+    ),
+    "a workdir that is a file": Mistake(
+        "pretrain", PRETRAIN, ["--workdir=texts.jsonl/x"], "texts.jsonl/x", "cannot be written", "Not a directory"
+    ),
+    "a task that is not there": Mistake(
+        "evaluate", EVALUATE, ["--config.tasks=gone.json"], "tasks", "no such file or folder: gone.json",
+        "truthful comes with jaxlm",
+    ),
+    "a task whose data is not there": Mistake(
+        "evaluate", EVALUATE, ["--config.tasks=task.json"], "task.json", "no such file or folder: gone.jsonl",
+        "data names it",
+    ),
+    "a threshold that is no number": Mistake(
+        "evaluate", EVALUATE, ["--config.gate=gate.json"], "gate.json", "thresholds.0.least: got nan",
+        "a finite number is needed",
+    ),
+    "an export without a verdict": Mistake(
+        "export", "ExportConfig(model='model', output='out')", [], "model", "has no verdict of the gate",
+        "evaluate it with gate=default, or export it with --without_verdict=true", 3,
+    ),
 }  # fmt: skip
 
 
@@ -142,6 +302,8 @@ def folder(tmp_path_factory, packed_rows) -> Path:
         (root / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     (root / "broken.jsonl").write_text('{"messages": [}\n')
     (root / "bad.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    (root / "task.json").write_text('{"prompt": "{{ q }}", "data": "gone.jsonl", "metric": "exact"}')
+    (root / "gate.json").write_text('{"thresholds": [{"name": "a", "figure": "heldout.loss", "least": NaN}]}')
     (root / "rows").symlink_to(packed_rows)
     (root / "begun").mkdir()
     (root / "begun/config.json").write_text("{}")
@@ -151,20 +313,26 @@ def folder(tmp_path_factory, packed_rows) -> Path:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_message(capsys, folder, tmp_path, monkeypatch, name):
-    stage, config, arguments, message, *code = MISTAKES[name]
+    made = MISTAKES[name]
     monkeypatch.chdir(folder)
     path = tmp_path / "x.py"
-    path.write_text(IMPORTS + config + "\n")
-    given = [] if any(a.startswith("--workdir") for a in arguments) else [f"--workdir={tmp_path}/w"]
-    found = main([stage, f"--config={path}", *given, *arguments])
+    path.write_text(IMPORTS + made.config + "\n")
+    given = [] if any(a.startswith("--workdir") for a in made.arguments) else [f"--workdir={tmp_path}/w"]
+    found = main([made.stage, f"--config={path}", *given, *made.arguments])
     said = capsys.readouterr().err
-    assert message in said
+    (told,) = [line for line in said.splitlines() if line.startswith("jaxlm: ")]
+    told = told.removeprefix("jaxlm: ").removeprefix(f"{tmp_path}/")
+    assert told.startswith(made.named), told
+    assert made.wrong in told, told
+    assert made.mend in told, told
     assert "Traceback" not in said
-    assert found == (code[0] if code else 2)
+    assert found == made.code
 
 
 def test_there_are_forty():
     assert len(MISTAKES) >= 40
+    assert all(made.wrong or made.mend for made in MISTAKES.values())
+    assert sum(not made.mend for made in MISTAKES.values()) <= 2, "a syntax error and an empty file mend themselves"
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class MeshConfig:
         if free and device_count % fixed == 0:
             return sizes | {free[0]: device_count // fixed}
         asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
-        check(fixed == device_count and not free, "mesh", f"{asked} does not divide {device_count} devices")
+        fits = fixed == device_count and not free
+        check(fits, "mesh", f"{asked} does not divide {device_count} devices; all sizes together must make them up")
         return sizes
 
 

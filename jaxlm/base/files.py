@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -62,14 +63,14 @@ def expand(pattern: str, field: str) -> list[epath.Path]:
     path = epath.Path(pattern)
     if not any(c in pattern for c in "*?["):
         if not path.exists():
-            raise UserError(f"{field}: no such file or folder: {pattern}")
+            raise UserError(f"{field}: no such file or folder: {pattern} (seen from {os.getcwd()})")
         return [path]
     parts = path.parts
     first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     root = epath.Path(*parts[:first]) if first else epath.Path(".")
     found = sorted(root.glob("/".join(parts[first:])))
     if not found:
-        raise UserError(f"{field}: no file matches {pattern}")
+        raise UserError(f"{field}: no file matches {pattern} (seen from {os.getcwd()})")
     return found
 
 

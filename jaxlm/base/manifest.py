@@ -88,7 +88,7 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
     where = f"{field}: {folder}" if field else str(folder)
     if not (folder / "manifest.json").exists():
         state = "is not finished (it has no manifest.json)" if folder.exists() else "does not exist"
-        raise UserError(f"{where}: {state}; run the stage that makes it" + (f" ({kind})" if kind else ""))
+        raise UserError(f"{where}: {state}{_made_by(kind)}")
     values = files.read_json(folder / "manifest.json")
     known = {f.name for f in dataclasses.fields(Manifest)}
     if not isinstance(values, dict) or not known <= set(values) or not has_types(Manifest, values):
@@ -99,8 +99,19 @@ def read(folder: epath.PathLike, kind: str | None = None, field: str = "") -> Ma
             "update jaxlm"
         )
     if kind is not None and values["kind"] != kind:
-        raise UserError(f"{where}: holds {values['kind']}, but {kind} is needed here")
+        raise UserError(f"{where}: holds {values['kind']}, but {kind} is needed here{_made_by(kind)}")
     return Manifest(**{name: values[name] for name in known})
+
+
+def hashes(folders: Sequence[str], kind: str, field: str) -> dict[str, str]:
+    """Folder → its hash; `field` is the config's tuple of what has these under "path"."""
+    return {folder: read(folder, kind, f"{field}.{number}.path").hash for number, folder in enumerate(folders)}
+
+
+def _made_by(kind: str | None) -> str:
+    stages = {"documents": "prepare", "rows": "pack", "samples": "sample", "evaluation": "evaluate"}
+    stage = stages.get(kind or "", kind)
+    return f"; python -m jaxlm {stage} makes it" if stage in (*stages.values(), "tokenizer") else ""
 
 
 def add_facts(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:

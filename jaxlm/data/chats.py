@@ -37,7 +37,8 @@ def messages_of(value: Mapping[str, Any]) -> Messages | Reason:
     if "messages" in value:
         return _as_messages(value["messages"], "user")
     if "prompt" not in value or "completion" not in value:
-        return Reason("no_messages_and_no_prompt_with_completion", bad=True)
+        keys = f"has {', '.join(sorted(value)[:9])}; messages, or prompt with completion, are needed"
+        return Reason("no_messages_and_no_prompt_with_completion", bad=True, detail=keys)
     prompt, completion = _as_messages(value["prompt"], "user"), _as_messages(value["completion"], "assistant")
     if isinstance(prompt, Reason) or isinstance(completion, Reason):
         return prompt if isinstance(prompt, Reason) else completion
@@ -106,8 +107,8 @@ def write_rows(
     for split, counts in facts.items():
         if not counts["target_tokens"]:
             raise UserError(
-                f"sources: no {split} chat has an answer to learn from ({_listed(report['dropped'])}); "
-                f"{folder}/report.json has examples"
+                f"sources: no {split} chat has an answer to learn from ({_listed(report['dropped'])}; row_length is "
+                f"{row_length}); {folder}/report.json has examples"
             )
     tokenizers.save(tokenizer, folder / "tokenizer")
     files.write_bytes(folder / TEMPLATE_FILE, template.source.encode())

@@ -1,6 +1,7 @@
 """What a model is measured on, and what it must reach; standard library only."""
 
 import dataclasses
+import math
 from typing import ClassVar, Literal, get_args
 
 from jaxlm.base.config import MeshConfig, StageConfig, check
@@ -154,6 +155,11 @@ class Threshold:
         check(bool(self.figure), "figure", "is empty; the place of a figure in results.json is needed")
         given = [limit for limit in (self.least, self.most) if limit is not None]
         check(len(given) == 1, "least", "give exactly one of least and most")
+        check(
+            math.isfinite(given[0]),
+            "least" if self.most is None else "most",
+            f"got {given[0]}; a finite number is needed",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

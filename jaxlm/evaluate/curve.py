@@ -34,9 +34,12 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            read = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON: {error}") from None
+        if not isinstance(read, dict) or not isinstance(read.get("step"), int):
+            raise UserError(f'{path}:{number}: is no line of metrics; {{"step": 7, ...}} is needed')
+        lines.append(read)
     return lines
 
 
@@ -63,8 +66,8 @@ def slope(lines: Sequence[Mapping[str, Any]], decayed_share: float) -> dict[str,
         }
     if len(after) < LEAST_EVALUATIONS:
         return {
-            "no_evidence": f"{len(after)} evaluations stand after the learning rate's decay, {LEAST_EVALUATIONS} are "
-            "needed; lower loop.evaluate_every_steps"
+            "no_evidence": f"after the learning rate's decay only {len(after)} of the {LEAST_EVALUATIONS} evaluations "
+            "that are needed were made; lower loop.evaluate_every_steps"
         }
     steps, bits = (np.array(column, np.float64) for column in zip(*after, strict=True))
     return {

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxlm.base import config as configs
 from jaxlm.base import files, manifest
-from jaxlm.base.errors import ConfigError, UserError
+from jaxlm.base.errors import ConfigError, UserError, nearest
 from jaxlm.evaluate import intervals
 from jaxlm.evaluate.config import GateConfig, Threshold
 
@@ -90,14 +90,18 @@ def held_to(threshold: Threshold, value: float, interval: list[float] | None) ->
 def figure_at(results: Mapping[str, Any], path: str) -> tuple[dict[str, Any] | None, str]:
     """(the figure at a dotted path, "") or (None, why there is none)."""
     node: Any = results
-    at = []
-    for part in path.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-        at.append(part)
+    rest, at = path, ""
+    while rest:
+        names = [name for name in node if isinstance(name, str)] if isinstance(node, Mapping) else []
+        # A task may be called v1.2: the longest name goes first.
+        part = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default="")
+        if not part or node[part] is None:
+            first = rest.partition(".")[0]
+            beside = nearest(first, names) if names and first not in names else ""
+            return None, f"{at}{first} was not measured{beside}"
+        node, rest, at = node[part], rest[len(part) + 1 :], f"{at}{part}."
         if isinstance(node, Mapping) and node.get("no_evidence"):
-            return None, f"{'.'.join(at)}: {node['no_evidence']}"
-        if node is None:
-            return None, f"{'.'.join(at)} was not measured"
+            return None, f"{at[:-1]}: {node['no_evidence']}"
     value = node.get("value") if isinstance(node, Mapping) else node
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         return None, f"{path} is {node if not isinstance(node, Mapping) else 'no single figure'}"

@@ -53,13 +53,26 @@ def _is_model(folder: epath.Path, digest: str) -> bool:
 
 
 def optimised_for(family: Sequence[Ancestor]) -> set[str]:
-    """Hashes of all that reinforcement learning read on the way to the model: its reward models among them."""
-    return {
-        digest
-        for ancestor in family
-        if ancestor.manifest.config.get("stage") == "rl"
-        for digest in ancestor.manifest.inputs.values()
-    }
+    """Hashes of all that was read to choose what the model learnt from, its reward models among them: by reinforcement
+    learning, and by the selection of the chats that a stage on the way was tuned on."""
+    read: set[str] = set()
+    for ancestor in family:
+        inputs = ancestor.manifest.inputs
+        if ancestor.manifest.config.get("stage") == "rl":
+            read |= {*inputs.values()}
+        for path, digest in inputs.items():
+            read |= _read_to_select(ancestor.folder, epath.Path(path), digest)
+    return read
+
+
+def _read_to_select(model: epath.Path, path: epath.Path, digest: str) -> set[str]:
+    """What the stage `select` read that made this file, by hashes; nothing where another stage did."""
+    for folder in (path.parent, model.parent.parent / path.parent.name):
+        if (folder / "manifest.json").exists():
+            found = manifest.read(folder)
+            if found.kind == "chats" and found.files.get(path.name, {}).get("sha256") == digest:
+                return {*found.inputs.values()}
+    return set()
 
 
 def unfit_judge(annotation: Annotation, optimised: set[str]) -> str:

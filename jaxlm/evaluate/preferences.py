@@ -150,7 +150,11 @@ def ratings(
     if not won:
         whose = f"{config.policy!r} and {config.against!r}" if config.against else f"{config.policy!r} and others"
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        return told | {"no_evidence": reasons or f"no ranking record compares {whose} by {config.criterion!r}"}
+        seen = {c.policy for r in records for c in r.completions if c.policy} - {config.policy}
+        ranked = {name for r in records for a in r.annotations for name in a.rankings}
+        there = f"other policies there: {', '.join(sorted(seen)) or 'none'}; criteria: {', '.join(sorted(ranked))}"
+        problem = f"no ranking record compares {whose} by {config.criterion!r} ({there})"
+        return told | {"no_evidence": reasons or problem}
     above, below = np.array([np.sum(each, axis=0) for each in won.values()], np.float64).T
     figure = intervals.clustered_share(above, below)
     told |= {"pairs": int(below.sum()), "by_role": {role: float(np.mean(each)) for role, each in by_role.items()}}

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from jaxlm.base import files, logging, sharding
+from jaxlm.base.config import check
 from jaxlm.base.errors import ConfigError
 from jaxlm.data import packing
 from jaxlm.data.rows import Piece
@@ -42,6 +43,8 @@ class Subject:
     """(packed rows, their length) → document number → sums over its targets."""
     generate: Callable[[Sequence[Sequence[int]], SamplingConfig], list[Completion]]
     """Prompts' ids → a completion each."""
+    cut: set[int] = dataclasses.field(default_factory=set)
+    """Numbers of the pieces that lost the beginning of their prompt since this was cleared."""
 
     def chat(self) -> ChatTemplate:
         """The template. Raises ConfigError where there is none."""
@@ -73,9 +76,13 @@ class Subject:
         )
 
     def _piece(self, ids: Sequence[int] | np.ndarray, targets: np.ndarray, number: int) -> Piece:
-        """Cut to the row from the left: what stands right before the answer stays."""
-        cut = slice(max(0, len(ids) - self.row_length), None)
-        return Piece(np.asarray(ids, np.int32)[cut], number, targets[cut])
+        """Cut to the row from the left: what stands right before the answer stays. A longer answer is refused."""
+        begin = max(0, len(ids) - self.row_length)
+        if begin:
+            self.cut.add(number)
+            problem = f"{self.row_length} tokens are too few for an answer of {int(np.sum(targets))} and one before it"
+            check(not targets[: begin + 1].any(), "row_length", problem)
+        return Piece(np.asarray(ids, np.int32)[begin:], number, targets[begin:])
 
     def sums(self, pieces: Iterable[Piece]) -> dict[int, DocumentSums]:
         return self.measure(packing.pack(iter(pieces), self.row_length, PACKING_WINDOW), self.row_length)

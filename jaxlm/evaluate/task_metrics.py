@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlm.base import config as configs
 from jaxlm.base.errors import UserError
+from jaxlm.base.logging import logger
 from jaxlm.data.rows import Piece
 from jaxlm.evaluate import intervals
 from jaxlm.evaluate.intervals import Figure
@@ -32,7 +33,11 @@ TIED = 1e-5
 
 
 def measure(task: Task, subject: Subject, sampling: SamplingConfig, records: Records) -> dict[str, Any]:
-    """A task's figures; its examples go to examples/task-NAME.jsonl."""
+    """A task's figures; its examples go to examples/task-NAME.jsonl.
+
+    "cut": how many of its texts (each choice is one) were longer than a row, and lost the beginning of their prompt.
+    """
+    subject.cut.clear()
     try:
         if task.config.metric == "multiple_choice":
             found = multiple_choice(task, subject, records)
@@ -42,6 +47,14 @@ def measure(task: Task, subject: Subject, sampling: SamplingConfig, records: Rec
             found = verified(task, subject, sampling, records)
     except UserError as error:
         raise UserError(f"{task.path}: {error}") from None
+    if subject.cut:
+        found["cut"] = len(subject.cut)
+        logger.warning(
+            "%s: %d texts are longer than %d tokens, and their prompts lost their beginning; raise row_length",
+            task.name,
+            found["cut"],
+            subject.row_length,
+        )
     return {"n": len(task.examples), **found}
 
 

@@ -141,10 +141,11 @@ def inputs(paths: Sequence[str]) -> dict[str, str]:
 def read(path: epath.PathLike) -> Task:
     path = epath.Path(path)
     config = _config(path)
-    found = [
-        Example(record, str(record.get("language", config.language)), where)
-        for where, record in objects(_source(path, config), "tasks")
-    ]
+    try:
+        records = objects(_source(path, config), "data")
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('sources.data.path: ')}; data names it") from None
+    found = [Example(record, str(record.get("language", config.language)), where) for where, record in records]
     examples = found[config.shots :][: config.limit or None]
     if not examples:
         raise UserError(f"{path}: data: {config.data} has {len(found)} records, all of them shots; lower shots")

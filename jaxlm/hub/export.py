@@ -102,9 +102,11 @@ def require_verdict(directory: ModelDirectory) -> None:
     verdict = directory.manifest.facts.get("gate")
     if isinstance(verdict, Mapping) and verdict.get("passed") is True:
         return
+    reasons = verdict.get("reasons", ()) if isinstance(verdict, Mapping) else ()
     state = "was refused by the gate" if verdict else "has no verdict of the gate"
     raise Refused(
         f"model: {directory.folder} {state}; evaluate it with gate=default, or export it with --without_verdict=true"
+        + "".join(f"\n  {reason}" for reason in reasons)
     )
 
 

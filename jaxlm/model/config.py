@@ -232,7 +232,7 @@ class ModelConfig:
         if self.heads and self.kv_heads:
             check(self.heads % self.kv_heads == 0, "kv_heads", f"{self.kv_heads} does not divide heads {self.heads}")
         if self.width and self.heads and not self.head_size:
-            check(self.width % self.heads == 0, "heads", f"{self.heads} does not divide width {self.width}")
+            check(self.width % self.heads == 0, "heads", f"{self.heads} does not divide {self.width}; set head_size")
         even = self.head_size % 2 == 0 or self.learned_positions > 0
         check(even, "head_size", f"got {self.head_size}; RoPE turns pairs: an even size is needed")
         turned = self.rope_size % 2 == 0 and 0 <= self.rope_size <= (self.head_size or self.rope_size)

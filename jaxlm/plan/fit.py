@@ -34,7 +34,9 @@ def require_batch_fits(config: Batches, device_count: int, chunk_tokens: int = 0
         raise ConfigError("loss_chunk_tokens", f"{chunk_tokens} does not divide the {tokens} of a piece")
     if batch_rows % (pieces * accumulate):
         raise ConfigError(
-            "batch_rows", f"{batch_rows} rows do not divide among {pieces} parts of the mesh in {accumulate} pieces"
+            "batch_rows",
+            f"{batch_rows} rows do not divide among {pieces} parts of the mesh in {accumulate} pieces; a multiple of "
+            f"{pieces * accumulate} is needed",
         )
 
 

@@ -134,7 +134,8 @@ class RankingBatches:
             raise ConfigError("exclude", f"no prompt is named {name!r}{nearest(name, [p.name for p in prompts[:999]])}")
         if not any(prompt.pairs for prompt in self.prompts):
             counts = ", ".join(f"{len(names)} {reason}" for reason, names in self.dropped.items())
-            raise UserError(f"no prompt is left whose answers can be compared: {counts or 'there are none'}")
+            room = f"row_length is {row_length}, batch_pairs {pairs}"
+            raise UserError(f"sources: no prompt is left with answers to compare: {counts or 'there is none'} ({room})")
         self.seed, self.prefetch = seed, prefetch
         self._plan = functools.lru_cache(maxsize=2)(self._epoch)
         self._ends: list[int] = []

@@ -1,14 +1,15 @@
 """Ranking records as the stages that learn from them take them: read, counted, encoded into prompts with pairs."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from jaxlm.base.errors import ConfigError, JaxlmError, UserError
+from jaxlm.base.config import check
+from jaxlm.base.errors import ConfigError, JaxlmError, UserError, nearest
 from jaxlm.base.logging import logger
 from jaxlm.feedback import rankings
 from jaxlm.feedback.records import RankingRecord, pairs_of
@@ -64,9 +65,18 @@ class Encoder:
         return [self.prompt(record, wanted, apart) for record in records]
 
     def split(
-        self, records: dict[str, list[RankingRecord]], heldout_annotators: Sequence[str]
+        self, records: dict[str, list[RankingRecord]], heldout_annotators: Sequence[str], field: str = "criteria"
     ) -> tuple[list[Prompt], list[Prompt]]:
-        """(to train on, to measure): held-out annotators are measured on the train records too."""
+        """(to train on, to measure): held-out annotators are measured on the train records too.
+
+        Raises ConfigError for an annotator or a criterion (of the config's `field`) that no record names: a misspelt
+        annotator would be trained on.
+        """
+        annotations = [a for some in records.values() for record in some for a in record.annotations]
+        annotators, ranked = {a.annotator for a in annotations}, {name for a in annotations for name in a.rankings}
+        _require_known("heldout_annotators", "is by", heldout_annotators, annotators)
+        _require_known("annotators", "is by", self.weights, annotators)
+        _require_known(field, "ranks by", self.criteria, ranked)
         apart = lambda name: name in heldout_annotators
         together = self.prompts(records["train"], lambda name: not apart(name))
         measured = self.prompts(records["heldout"], lambda name: True, apart=True)
@@ -118,6 +128,11 @@ class Encoder:
             raise UserError("chat_template: does not tell which tokens are the last answer's")
         end = int(np.flatnonzero(own)[-1]) + 1
         return encoded.ids[:end], own[:end]
+
+
+def _require_known(field: str, does: str, asked: Iterable[str], known: set[str]) -> None:
+    for name in asked:
+        check(name in known, field, f"no record {does} {name!r}{nearest(name, sorted(known)[:99])}")
 
 
 def _index(names: list[str], name: str) -> int:

@@ -255,8 +255,14 @@ class RLConfig(StageConfig):
         given = [field for field in ("ppo", "grpo", "dpo", "reinforce") if getattr(self, field) is not None]
         found = " and ".join(given) or "none"
         check(len(given) == 1, "ppo", f"give exactly one of ppo, grpo, dpo and reinforce; got {found}")
-        check(bool(self.reward_model or self.verifiers), "reward_model", "is empty, and there is no verifier either")
+        check(
+            bool(self.reward_model or self.verifiers),
+            "reward_model",
+            "is empty, and there is no verifier either; give one of the two",
+        )
         check(bool(self.criteria) or not self.reward_model, "criteria", "is empty; name at least one")
+        own = self.criteria == type(self).criteria or bool(self.reward_model)
+        check(own, "criteria", "weighs what a reward model says; give reward_model too, or leave it out")
         criteria = [criterion.name for criterion in self.criteria]
         check(len(set(criteria)) == len(criteria), "criteria", f"got {', '.join(criteria)}; each can be given once")
         check_sources(self.sources)
@@ -279,7 +285,7 @@ class RLConfig(StageConfig):
         check(
             answers % self.minibatch_answers == 0,
             "minibatch_answers",
-            f"{self.minibatch_answers} does not divide a rollout of {answers} answers",
+            f"{self.minibatch_answers} does not divide a rollout of {answers} answers (prompts x samples)",
         )
         if self.dpo is not None:
             M = self.minibatch_answers
@@ -328,8 +334,14 @@ class SelectConfig(StageConfig):
 
     def __post_init__(self):
         check(bool(self.samples), "samples", "is empty; a sample stage's folder is needed")
-        check(bool(self.reward_model or self.verifiers), "reward_model", "is empty, and there is no verifier either")
+        check(
+            bool(self.reward_model or self.verifiers),
+            "reward_model",
+            "is empty, and there is no verifier either; give one of the two",
+        )
         check(bool(self.criteria) or not self.reward_model, "criteria", "is empty; name at least one")
+        own = self.criteria == type(self).criteria or bool(self.reward_model)
+        check(own, "criteria", "weighs what a reward model says; give reward_model too, or leave it out")
         if self.keep == "above":
             given = self.threshold is not None and math.isfinite(self.threshold)
             check(given, "threshold", f"got {self.threshold}; keep='above' needs the least score to keep")

@@ -101,6 +101,9 @@ class Order:
 
     def __init__(self, prompts: Sequence[Prompt], count: int, seed: int, exclude: Sequence[str] = ()):
         """`exclude`: numbers of prompts in whose place the next one stands, for a second time."""
+        if count > len(prompts):
+            few = "prompts: a rollout takes %d, and the sources have %d: some are asked several times in each"
+            logger.warning(few, count, len(prompts))
         if unknown := {*exclude} - {str(prompt.number) for prompt in prompts}:
             name = min(unknown)
             raise ConfigError("exclude", f"got {name!r}; a prompt's number, 0 to {len(prompts) - 1}, is needed")

@@ -151,7 +151,7 @@ class Sampler:
         if context and len(prompt) + sampling.max_tokens > context:
             raise UserError(
                 f"{where}: {len(prompt)} tokens and max_tokens {sampling.max_tokens} exceed the context of {context}; "
-                "shorten the prompt, lower max_tokens, or raise context_tokens to go past the trained length"
+                "shorten the prompt, lower max_tokens, or raise sampling.context_tokens to go past the trained length"
             )
 
     def _grow(

@@ -129,7 +129,7 @@ def read_batches(
 ) -> tuple[PreferenceBatches, PreferenceBatches | None]:
     """(to train on, held out), with what the reference says of their answers."""
     read = records.read_records(config.workdir, config.sources, config.max_bad_share)
-    together, measured = encoder.split(read, config.heldout_annotators)
+    together, measured = encoder.split(read, config.heldout_annotators, "criterion")
     batches = preference_batches(config, together, mesh, config.accumulate)
     heldout = preference_batches(config, measured, mesh, 0) if any(prompt.pairs for prompt in measured) else None
     logger.info(

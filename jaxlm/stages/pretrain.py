@@ -60,7 +60,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
 
 def inputs(config: PretrainConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    rows = {source.path: manifest.read(source.path, "rows", "data").hash for source in config.data}
+    rows = manifest.hashes([source.path for source in config.data], "rows", "data")
     return rows | teaching.inputs(config.distill, hash_of)
 
 
@@ -68,11 +68,10 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     """The config with nothing left to derive; reads the rows' manifests. Raises UserError for what does not fit."""
     if not config.data:
         raise ConfigError("data", "is empty; give at least one folder of packed rows")
-    facts = manifest.read(config.data[0].path, "rows", "data").facts
+    facts = manifest.read(config.data[0].path, "rows", "data.0.path").facts
     if config.model.vocab_size and config.model.vocab_size < facts["vocab_size"]:
-        raise ConfigError(
-            "model.vocab_size", f"{config.model.vocab_size} is below the tokenizer's {facts['vocab_size']} tokens"
-        )
+        problem = f"{config.model.vocab_size} is below the tokenizer's {facts['vocab_size']} tokens; 0 takes them"
+        raise ConfigError("model.vocab_size", problem)
     if config.row_length and config.row_length != facts["row_length"]:
         raise ConfigError("row_length", f"is {config.row_length}, but the rows have {facts['row_length']} tokens")
     if not any(has_heldout(source.path) for source in config.data):

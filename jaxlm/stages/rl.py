@@ -90,8 +90,7 @@ def inputs(config: RLConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
     models = [find_model(path, field) for field in ("model", "reward_model") if (path := getattr(config, field))]
     read = {str(folder): manifest.read(folder).hash for folder in models}
-    for source in config.ppo.pretraining if config.ppo else ():
-        read[source.path] = manifest.read(source.path, "rows", "ppo.pretraining").hash
+    read |= manifest.hashes([s.path for s in (config.ppo.pretraining if config.ppo else ())], "rows", "ppo.pretraining")
     return read | {name: found for source in config.sources for name, found in readers.inputs(source).items()}
 
 

@@ -58,7 +58,7 @@ def validate(config: SFTConfig, device_count: int) -> None:
 
 def inputs(config: SFTConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    rows = {source.path: manifest.read(source.path, "rows", "pretraining").hash for source in config.pretraining}
+    rows = manifest.hashes([source.path for source in config.pretraining], "rows", "pretraining")
     teacher = teaching.inputs(config.distill, hash_of)
     return inputs_of(config.model, config.chat_template, config.sources) | rows | teacher
 

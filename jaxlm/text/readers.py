@@ -186,7 +186,8 @@ def text_of(value: dict[str, Any] | Reason, text_field: str) -> str | Reason:
     """The text of an object, or the reason why it has none."""
     if isinstance(value, Reason):
         return value
-    return _checked(value[text_field]) if text_field in value else Reason("no_text_field", bad=True)
+    keys = f"has {', '.join(sorted(value)[:9])}, but no {text_field}; set text_field"
+    return _checked(value[text_field]) if text_field in value else Reason("no_text_field", bad=True, detail=keys)
 
 
 def _jsonl_objects(path: epath.Path, max_bytes: int) -> Iterator[_Object]:
@@ -205,8 +206,8 @@ def _from_json(line: bytes) -> dict[str, Any] | Reason:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
         return BROKEN_UTF8
-    except (ValueError, RecursionError):
-        return Reason("malformed_json", bad=True)
+    except (ValueError, RecursionError) as error:
+        return Reason("malformed_json", bad=True, detail=str(error))
     return record if isinstance(record, dict) else Reason("not_a_json_object", bad=True)
 
 

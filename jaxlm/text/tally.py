@@ -25,6 +25,7 @@ class Tally:
         self.read = 0
         self.kept = 0
         self.bad = 0
+        self.first_bad = ""
         self.dropped: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, str]]] = {}
@@ -52,6 +53,8 @@ class Tally:
             return
         self.dropped[reason.name] += 1
         self.bad += reason.bad
+        if reason.bad and not self.first_bad:
+            self.first_bad = f"{where}: {reason.name}: {reason.detail or shown[:80]}"
         examples = self.examples.setdefault(reason.name, [])
         if len(examples) < EXAMPLES:
             examples.append({"where": where, "text": shown[:EXAMPLE_CHARACTERS]})
@@ -114,5 +117,5 @@ def refuse_bad(tallies: Mapping[str, Tally], max_share: float, path: epath.Path)
             reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.items())
             raise Refused(
                 f"sources.{name}: {tally.bad} of {tally.read} records are bad ({reasons}), more than "
-                f"max_bad_share={max_share}; {path} holds them, each with its file and line"
+                f"max_bad_share={max_share}; the first is {tally.first_bad}; {path} holds them all"
             )

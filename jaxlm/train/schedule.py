@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from jaxlm.base.arrays import Array
+from jaxlm.base.logging import logger
 from jaxlm.train.config import ScheduleConfig
 
 
@@ -14,6 +15,8 @@ def learning_rate(config: ScheduleConfig, step: Array | int, steps: int) -> Arra
     """
     at = jnp.asarray(step, jnp.float32)
     warm = min(config.warmup_steps, steps)
+    if warm == steps:
+        logger.warning("schedule.warmup_steps: the run's %d steps all warm up, and the rate never falls", steps)
     rising = (at + 1) / max(warm, 1)
     if config.kind == "wsd":
         falling_steps = max(round(config.decay_share * steps), 1)

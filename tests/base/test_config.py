@@ -162,7 +162,7 @@ def test_types_in_a_file_are_checked():
     [
         ("def get_config(:\n", ":1: "),
         ("x = 1\n", "has no function get_config()"),
-        ("def get_config():\n    return 3\n", "returned int, not a config"),
+        ("def get_config():\n    return 3\n", "returned int; return a stage's config"),
         ("\ndef get_config():\n    return 1 / 0\n", ":3: ZeroDivisionError"),
         ("import no_such_module\n", ":1: ModuleNotFoundError"),
         (

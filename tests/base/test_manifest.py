@@ -53,9 +53,7 @@ def change(folder, **values):
 
 
 def test_what_cannot_be_used_is_refused_by_name(folder, tmp_path):
-    with pytest.raises(
-        UserError, match=r"documents: .*nowhere: does not exist; run the stage that makes it \(documents"
-    ):
+    with pytest.raises(UserError, match=r"documents: .*nowhere: does not exist; python -m jaxlm prepare makes it"):
         manifest.read(tmp_path / "nowhere", "documents", "documents")
     (tmp_path / "begun").mkdir()
     with pytest.raises(UserError, match="is not finished"):

@@ -70,7 +70,10 @@ def test_only_what_follows_the_decay_counts():
     ("found", "problem"),
     [
         (lines([3, 2, 1, 1, 1], lambda step: 1e-2), "ends at 100% of its peak, 50% or less is needed"),
-        (lines([3, 2, 1]), "3 evaluations stand after the learning rate's decay, 4 are needed; lower loop.evaluate"),
+        (
+            lines([3, 2, 1]),
+            "after the learning rate's decay only 3 of the 4 evaluations that are needed were made; lower",
+        ),
         ([{"step": 1, "train/learning_rate": 1e-2}], "has no eval/bits_per_byte"),
         ([{"step": 1, "eval/bits_per_byte": 1.0}], "has no train/learning_rate"),
     ],
@@ -82,9 +85,15 @@ def test_no_slope_is_no_evidence(found, problem):
 def test_a_curve_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match="curve: no such file"):
         curve.read(tmp_path / "metrics.jsonl")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    with pytest.raises(UserError, match="metrics.jsonl:2: is not valid JSON"):
-        curve.read(tmp_path / "metrics.jsonl")
+    for line, problem in {
+        '{"st': "is not valid JSON",
+        "[1]": "is no line of metrics",
+        "7": "is no line of metrics",
+        '{"loss": 1.0}': 'is no line of metrics; {"step": 7, ...} is needed',
+    }.items():
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line)
+        with pytest.raises(UserError, match=rf"metrics.jsonl:2: {problem}"):
+            curve.read(tmp_path / "metrics.jsonl")
 
 
 def test_the_default_gate_passes_a_graduate_and_names_what_is_missing():
@@ -210,3 +219,21 @@ def test_the_verdict_goes_into_the_manifest_and_changes_nothing_else(tmp_path):
         assert {key: value for key, value in now.items() if key != "facts"} == {
             key: value for key, value in values.items() if key != "facts"
         } | {"of a later version": 1}
+
+
+def test_a_task_whose_name_has_a_dot_is_found_and_a_typing_error_is_told():
+    results = {"tasks": {"arc.v1.2": {"accuracy": {"value": 0.5, "interval": [0.4, 0.6]}}, "arc": {"n": 3}}}
+    assert gate.figure_at(results, "tasks.arc.v1.2.accuracy") == (results["tasks"]["arc.v1.2"]["accuracy"], "")
+    assert gate.figure_at(results, "tasks.arc.n") == ({"value": 3.0, "interval": None}, "")
+    assert gate.figure_at(results, "tasks.arc.v1.2.acuracy") == (
+        None,
+        "tasks.arc.v1.2.acuracy was not measured; did you mean 'accuracy'?",
+    )
+    assert gate.figure_at(results, "task.arc.n")[1] == "task was not measured; did you mean 'tasks'?"
+    assert gate.figure_at({}, "safety.refusal")[1] == "safety was not measured"
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_limit_that_is_no_number_is_refused(limit):
+    with pytest.raises(ConfigError, match="^most: got .*; a finite number is needed"):
+        Threshold(name="a", figure="b", most=limit)

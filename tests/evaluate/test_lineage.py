@@ -2,7 +2,7 @@
 
 import json
 
-from jaxlm.base import manifest
+from jaxlm.base import files, manifest
 from jaxlm.evaluate import lineage
 
 
@@ -45,3 +45,28 @@ def test_another_model_of_that_name_is_no_ancestor(tmp_path):
     made(tmp_path / "base" / "model", "pretrain", other=True)
     assert names(lineage.ancestors(assistant)) == ["sft"]
     assert len(manifest.read(assistant).inputs) == 1
+
+
+def test_chats_that_a_reward_model_chose_are_optimised_for_it(tmp_path):
+    """Best-of-n and rejection sampling optimise too: what is tuned on the chosen chats is no evidence for the judge."""
+    run = tmp_path / "run"
+    base = made(run / "base" / "model", "sft")
+    reward = made(run / "reward" / "model", "reward", [base], criteria=["overall"])
+    chosen = run / "select"
+    chosen.mkdir()
+    (chosen / "chats.jsonl").write_text("{}\n")
+    digest = manifest.read(reward).hash
+    manifest.write(chosen, "chats", contents=["chats.jsonl"], inputs={str(reward): digest}, config={}, facts={})
+    tuned = run / "best" / "model"
+    tuned.mkdir(parents=True)
+    (tuned / "config.json").write_text("{}")
+    read_from = {str(base): manifest.read(base).hash, str(chosen / "chats.jsonl"): files.sha256(chosen / "chats.jsonl")}
+    manifest.write(tuned, "model", contents=["config.json"], inputs=read_from, config={"stage": "sft"}, facts={})
+    assert lineage.optimised_for(list(lineage.ancestors(tuned))) == {digest}
+    assert lineage.optimised_for(list(lineage.ancestors(base))) == set()
+    run.rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "best" / "model"
+    assert lineage.optimised_for(list(lineage.ancestors(moved))) == {digest}
+    # Other chats that lie there now are not those that were read.
+    (tmp_path / "moved" / "select" / "manifest.json").unlink()
+    assert lineage.optimised_for(list(lineage.ancestors(moved))) == set()

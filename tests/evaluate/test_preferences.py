@@ -60,7 +60,8 @@ def test_bradley_terry_of_two_is_the_log_odds():
 
 def test_nothing_to_compare_is_no_evidence():
     found = ratings(CONFIG, [record("1", [["old1"], ["person1"]])])
-    assert found["no_evidence"] == "no ranking record compares 'new' and others by 'overall'"
+    problem = "no ranking record compares 'new' and others by 'overall'"
+    assert found["no_evidence"] == f"{problem} (other policies there: old, person; criteria: overall)"
 
 
 def test_the_optimised_reward_model_is_no_judge():

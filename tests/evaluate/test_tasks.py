@@ -179,3 +179,25 @@ def test_two_tasks_of_a_name_are_refused(tmp_path):
         tasks.load([first, second])
     with pytest.raises(UserError, match="tasks: no such file or folder: truthfull; truthful comes with jaxlm"):
         tasks.load(["truthfull"])
+
+
+def test_a_prompt_that_loses_its_beginning_is_counted_and_told(tmp_path, caplog):
+    long = CAPITALS[0] | {"country": "x" * 300}
+    path = write(tmp_path / "tasks", [long, CAPITALS[1]])
+    found, lines = measured(path, tmp_path, subject())
+    assert found["cut"] == 2, "both choices of the first"
+    assert "capitals: 2 texts are longer than 256 tokens, and their prompts lost their beginning" in caplog.text
+    assert lines[0]["logprobs"] == pytest.approx([-5.0, -6.0]), "the choices are whole"
+    found, _ = measured(write(tmp_path / "short", CAPITALS), tmp_path, subject())
+    assert "cut" not in found
+
+
+@pytest.mark.parametrize("characters", [254, 255, 300])
+def test_an_answer_that_does_not_fit_into_a_row_is_refused(tmp_path, characters):
+    """A row of 256 holds the answer and the token before it, by which its first token is predicted."""
+    path = write(tmp_path / "tasks", [{"country": "Peru", "target": "y" * characters}], metric="bits_per_byte")
+    if characters == 254:  # with the blank before it, 255
+        assert measured(path, tmp_path, subject())[1][0]["bits"] == pytest.approx(255 / math.log(2))
+    else:
+        with pytest.raises(UserError, match="capitals.json: row_length: 256 tokens are too few for an answer of"):
+            measured(path, tmp_path, subject())

@@ -408,13 +408,16 @@ def test_a_reward_model_keeps_its_bias(tmp_path):
 
 
 def test_what_the_gate_has_not_passed_is_not_exported(tmp_path, capsys):
-    refused = {"no verdict": None, "refused": {"passed": False}, "strange": "yes"}
+    reasons = ["safe: safety.refusal is 0.300 (0.181 to 0.454); at least 0.8 is asked of its worse end"]
+    refused = {"no verdict": None, "refused": {"passed": False, "reasons": reasons}, "strange": "yes"}
     for name, verdict in refused.items():
         folder = our_model(tmp_path / name, OURS, facts={"gate": verdict} if verdict else {})
         with pytest.raises(Refused, match="gate"):
             export.main(ExportConfig(model=str(folder), output=f"{tmp_path}/output"))
         assert main(["export", f"--model={folder}", f"--output={tmp_path}/output"]) == 3
-    assert "has no verdict of the gate" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has no verdict of the gate" in said
+    assert reasons[0] in said, "why it was refused, not only that it was"
     assert not (tmp_path / "output").exists()
 
 

@@ -198,7 +198,7 @@ def test_what_cannot_train_is_left_out_by_reason():
     }
     with pytest.raises(UserError, match="no prompt is left .*: 1 answer_longer_than_a_row, 1 no_untied_pair"):
         made([prompts[1], prompts[4]])
-    with pytest.raises(UserError, match="there are none"):
+    with pytest.raises(UserError, match="there is none"):
         made([])
 
 

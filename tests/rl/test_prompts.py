@@ -124,3 +124,11 @@ def test_a_share_is_held_out_and_the_splits_are_all(tmp_path):
     assert 50 < len(heldout) < 110  # 80, of a standard deviation of 8
     whole = dataclasses.replace(one, name="other", split="heldout")
     assert len(prompts.read([one, whole], "train", None, encode, 16)) == 400
+
+
+def test_a_rollout_of_more_prompts_than_there_are_is_told(tmp_path, caplog):
+    some = prompts.read([source(tmp_path, *({"prompt": f"{n}"} for n in range(3)))], "train", None, encode, 16)
+    prompts.Order(some, 3, seed=0)
+    assert "rollout" not in caplog.text
+    prompts.Order(some, 8, seed=0)
+    assert "prompts: a rollout takes 8, and the sources have 3: some are asked several times" in caplog.text

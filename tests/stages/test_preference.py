@@ -366,7 +366,7 @@ def test_what_cannot_be_is_refused(config, tmp_path):
 
     with pytest.raises(Refused, match="sources.train: 2 of 3 records are bad"):
         preference.main(reading(record(1, draw), "{}", "{}"))
-    with pytest.raises(UserError, match="no prompt is left whose answers can be compared: 1 no_untied_pair"):
+    with pytest.raises(UserError, match="sources: no prompt is left with answers to compare: 1 no_untied_pair"):
         preference.main(reading(record(1, draw, status="draft")))
     with pytest.raises(UserError, match="1 answer_longer_than_a_row"):
         preference.main(reading(record(1, draw), row_length=16))

@@ -217,9 +217,9 @@ def test_what_cannot_be_is_refused(config, base, tmp_path):
         reward.main(dataclasses.replace(config, sources=(bad,), workdir=config.workdir + "-bad"))
     tied = record(1, draw)
     ids = [c["id"] for c in tied["completions"]]
-    tied["annotations"][0]["rankings"] = {"overall": [ids]}
+    tied["annotations"][0]["rankings"] = {"overall": [ids], "short": [ids]}
     source = RankingSource(name="tied", path=written(tmp_path / "tied.jsonl", [tied]))
-    with pytest.raises(UserError, match="no prompt is left whose answers can be compared: 1 no_untied_pair"):
+    with pytest.raises(UserError, match="sources: no prompt is left with answers to compare: 1 no_untied_pair"):
         reward.main(dataclasses.replace(config, sources=(source,), workdir=config.workdir + "-tied"))
     with pytest.raises(ConfigError, match="reference_policy: no answer is of policy 'nobody'"):
         reward.main(dataclasses.replace(config, steps=1, reference_policy="nobody", workdir=config.workdir + "-none"))

@@ -271,7 +271,7 @@ def test_the_value_function_begins_as_the_weighted_reward_model(config):
     judged = jax.jit(lambda p, r: forward.rewards(defined.reward, p, r))(one.frozen["reward"], made)
     np.testing.assert_allclose(value[:, 0], 2.0 * judged[:, 0] - 0.5 * judged[:, 1], atol=1e-5)
     # Without a reward model: nothing is known yet, but the policy's body knows the language.
-    plain = dataclasses.replace(config, reward_model="", verifiers=(by(almost_right),))
+    plain = dataclasses.replace(config, reward_model="", criteria=RLConfig.criteria, verifiers=(by(almost_right),))
     one = bench(plain)
     assert (np.asarray(one.first.value.params["score"]) == 0).all()
     np.testing.assert_array_equal(one.first.value.params["embedding"], one.first.policy.params["embedding"])
@@ -463,7 +463,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dapo", "gspo", "reinforce"])
 def test_a_variant_stopped_and_gone_on_is_never_stopped(config, kind):
-    config = other(config, ppo=None, reward_model="", verifiers=(by(begins_with_a_letter),), **VARIANTS[kind])
+    config = other(
+        config,
+        ppo=None,
+        reward_model="",
+        criteria=RLConfig.criteria,
+        verifiers=(by(begins_with_a_letter),),
+        **VARIANTS[kind],
+    )
     whole = run(other(config, workdir=config.workdir + "-whole"))
     run(config, stop_at_step=2)
     run(config)
@@ -483,7 +490,16 @@ def test_a_variant_stopped_and_gone_on_is_never_stopped(config, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_eight_devices_learn_a_variant_as_one_does(config, kind):
-    config = named(other(config, ppo=None, reward_model="", verifiers=(by(almost_right),), **VARIANTS[kind]))
+    config = named(
+        other(
+            config,
+            ppo=None,
+            reward_model="",
+            criteria=RLConfig.criteria,
+            verifiers=(by(almost_right),),
+            **VARIANTS[kind],
+        )
+    )
     made = by_hand(config)
     (one, _), (many, _) = bench(config).learn(made), bench(config, MESHES[2]).learn(made)
     (one, measured), (many, also) = bench(config).learn(made, one), bench(config, MESHES[2]).learn(made, many)
@@ -494,7 +510,14 @@ def test_eight_devices_learn_a_variant_as_one_does(config, kind):
 
 @pytest.mark.slow
 def test_a_budget_of_kl_ends_a_run_for_good_killed_or_not(config, tmp_path):
-    config = with_grpo(config, reward_model="", verifiers=(by(share_of_letters),), gold=by(almost_right), passes=1)
+    config = with_grpo(
+        config,
+        reward_model="",
+        criteria=RLConfig.criteria,
+        verifiers=(by(share_of_letters),),
+        gold=by(almost_right),
+        passes=1,
+    )
     # The average hardly moves: what is evaluated and written is the reference still, and the policy itself is not.
     average = dataclasses.replace(config.optimizer, ema=0.999999)
     loop = dataclasses.replace(config.loop, checkpoint=CheckpointConfig(every_steps=1))
@@ -549,6 +572,7 @@ def test_the_controller_holds_its_target(config):
     config = dataclasses.replace(
         config,
         reward_model="",
+        criteria=RLConfig.criteria,
         verifiers=(by(count_of_letters),),
         sources=config.sources[:1],
         ppo=PPOConfig(kl=kl, value_rate=3.0),
@@ -578,6 +602,7 @@ def test_fields_that_do_not_go_together_are_refused_by_name(config):
         "^reward_model: is empty, and there is no verifier": dict(reward_model=""),
         "^criteria: got overall, overall": dict(criteria=(CRITERIA[0], CRITERIA[0])),
         "^criteria: is empty": dict(criteria=()),
+        "^criteria: weighs what a reward model says": dict(reward_model="", verifiers=(by(almost_right),)),
         "^samples: got 1; a group needs": dict(ppo=None, grpo=grpo, samples=1, prompts=8),
         "^samples: got 1; a group needs at least": dict(ppo=None, dpo=OnlineDPOConfig(), samples=1, prompts=8),
         "^minibatch_answers: 16 answers do not divide 4 pairs": dict(
@@ -636,7 +661,11 @@ def test_models_that_do_not_fit_are_refused_by_name(config, folders):
         ),
         "^max_tokens: 69 tokens with max_prompt_tokens, but model was trained on rows of 64": dict(max_tokens=60),
         "^ppo.pretraining: .* was packed with another tokenizer": dict(
-            model=folders.model("other", tokenizer=foreign), reward_model="", verifiers=(by(almost_right),), ppo=rows
+            model=folders.model("other", tokenizer=foreign),
+            reward_model="",
+            criteria=RLConfig.criteria,
+            verifiers=(by(almost_right),),
+            ppo=rows,
         ),
         "^loss_chunk_tokens: 56 does not divide 512 of rows": dict(ppo=rows, loss_chunk_tokens=56),
         "^model: .*nowhere: no such folder": dict(model=str(folders.root / "nowhere")),
@@ -651,7 +680,9 @@ def test_prompts_that_do_not_fit_are_refused_by_name(config, tmp_path):
         train = ChatSource(name="train", path=written(tmp_path / "asked.jsonl", records))
         return other(config, sources=(train,), workdir=str(tmp_path / f"run{len(fields)}{len(records)}"), **fields)
 
-    judged: Any = dict(reward_model="", verifiers=(VerifierConfig(kind="exact", target_field="answer"),))
+    judged: Any = dict(
+        reward_model="", criteria=RLConfig.criteria, verifiers=(VerifierConfig(kind="exact", target_field="answer"),)
+    )
     with pytest.raises(UserError, match="no prompt is left; dropped {'longer_than_max_prompt_tokens': 1}"):
         rl.main(asked({"prompt": "much too long for nine"}))
     with pytest.raises(UserError, match="verifiers: .*asked.jsonl:2: has no field 'answer'"):

@@ -131,7 +131,15 @@ def test_the_result_depends_on_no_batch(root, tmp_path):
 
 
 def test_rejection_sampling_keeps_what_passes(root, tmp_path):
-    asked = config(root, tmp_path / "above", reward_model="", verifiers=(LETTERS,), keep="above", threshold=0.3)
+    asked = config(
+        root,
+        tmp_path / "above",
+        reward_model="",
+        criteria=SelectConfig.criteria,
+        verifiers=(LETTERS,),
+        keep="above",
+        threshold=0.3,
+    )
     select.main(asked)
     kept = lines_of(asked.workdir, "chats.jsonl")
     drawn = lines_of(root / "samples", "completions.jsonl")

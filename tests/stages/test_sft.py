@@ -182,7 +182,9 @@ def test_fields_of_documents_are_not_taken_for_chats(config):
 
 def test_masks_of_zeros_and_of_ones_are_refused(config, tmp_path):
     silent = with_train(config, tmp_path, [{"messages": [{"role": "user", "content": "?"}]}] * 3)
-    with pytest.raises(UserError, match=r"no train chat has an answer to learn from \(no_assistant_message 3\)"):
+    with pytest.raises(
+        UserError, match=r"no train chat has an answer to learn from \(no_assistant_message 3; row_length is 128\)"
+    ):
         sft.main(silent)
     template = tmp_path / "all.jinja"
     template.write_text(

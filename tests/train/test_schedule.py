@@ -38,3 +38,10 @@ def test_linear_falls_evenly():
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "linear"])
 def test_more_warm_up_than_steps_is_all_warm_up(kind):
     assert learning_rate(ScheduleConfig(peak=1.0, warmup_steps=50, kind=kind), 4, 5) <= 1.0
+
+
+def test_a_rate_that_never_falls_is_told(caplog):
+    learning_rate(ScheduleConfig(peak=1.0, warmup_steps=4), 0, 5)
+    assert not caplog.text
+    learning_rate(ScheduleConfig(peak=1.0, warmup_steps=100), 0, 50)
+    assert "schedule.warmup_steps: the run's 50 steps all warm up, and the rate never falls" in caplog.text
