@@ -152,6 +152,16 @@ class RankingBatches:
         placed = [prompt for piece in self._plan(epoch)[number] for prompt, _ in piece]
         return [{"prompt": self.prompts[prompt].name} for prompt in placed if self.prompts[prompt].pairs]
 
+    def packing(self) -> dict[str, Any]:
+        """What the first epoch's batches hold, and how full they are."""
+        kept = [prompt for prompt in self.prompts if prompt.pairs]
+        tokens = sum(len(prompt.answers[answer]) for prompt in kept for answer in _paired(prompt))
+        steps = self.first_step(1)
+        room = steps * self.pieces * self.shape.rows * self.shape.row_length
+        counts = {"prompts": len(kept), "pairs": sum(len(prompt.pairs) for prompt in kept), "batches": steps}
+        left_out = {"left_out": {reason: len(names) for reason, names in self.dropped.items()}} if self.dropped else {}
+        return counts | {"tokens": tokens, "padding_share": 1 - tokens / room} | left_out
+
     def batches(self, start_step: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, batch) from `start_step` on, without end, made ahead in a thread."""
         return prefetched(self.batch, start_step, self.prefetch)

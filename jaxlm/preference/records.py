@@ -8,22 +8,27 @@ import jax
 import numpy as np
 from etils import epath
 
+from jaxlm.base import files
 from jaxlm.base.config import check
 from jaxlm.base.errors import ConfigError, JaxlmError, UserError, nearest
 from jaxlm.base.logging import logger
 from jaxlm.feedback import rankings
 from jaxlm.feedback.records import RankingRecord, pairs_of
-from jaxlm.preference.ranked import Pair, Prompt
+from jaxlm.preference.ranked import Pair, Prompt, RankingBatches
 from jaxlm.reward import losses
 from jaxlm.reward.config import AnnotatorWeight, RankingSource, RewardConfig
 from jaxlm.text import tally
 from jaxlm.tokenizer import chat
+from jaxlm.train.processes import from_first
+
+DATA = "data.json"
 
 
 def read_records(
     workdir: str, sources: Sequence[RankingSource], max_bad_share: float
 ) -> dict[str, list[RankingRecord]]:
-    """Split → records. Raises Refused where too many are bad; those lie in WORKDIR/rejects.jsonl.gz."""
+    """Split → records, counted in WORKDIR/data.json. Raises Refused where too many are bad; those lie in
+    WORKDIR/rejects.jsonl.gz."""
     path = epath.Path(workdir) / "rejects.jsonl.gz"
     found: dict[str, list[RankingRecord]] = {"train": [], "heldout": []}
     tallies = {}
@@ -34,12 +39,28 @@ def read_records(
             for record in records:
                 found[source.split_of(record.prompt_id)].append(record)
     report = tally.report(tallies)
+    from_first(lambda: files.write_json(epath.Path(workdir) / DATA, report))
     tally.refuse_bad(tallies, max_bad_share, path)
     logger.info("rankings: read %d, kept %d, dropped %s", report["read"], report["kept"], report["dropped"])
     both = {r.prompt_id for r in found["train"]} & {r.prompt_id for r in found["heldout"]}
     if both:
         raise UserError(f"sources: {len(both)} prompts are in train and in heldout, such as {sorted(both)[:3]}")
     return found
+
+
+def describe(workdir: str, batches: RankingBatches, heldout: RankingBatches | None) -> None:
+    """Says what of the records is learnt from, and puts it beside their counts: WORKDIR/data.json, under "packing"."""
+    packed = {"train": batches.packing()} | ({"heldout": heldout.packing()} if heldout else {})
+    logger.info(
+        "%d prompts with %d pairs (%.1f %% of the tokens are padding), %d held out; left out: %s",
+        packed["train"]["prompts"],
+        packed["train"]["pairs"],
+        100 * packed["train"]["padding_share"],
+        packed["heldout"]["prompts"] if heldout else 0,
+        packed["train"].get("left_out", "none"),
+    )
+    path = epath.Path(workdir) / DATA
+    from_first(lambda: files.write_json(path, files.read_json(path) | {"packing": packed}))
 
 
 class Encoder:

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from jaxlm.base import files
+from jaxlm.base import manifest as manifests
 from jaxlm.report import sections
 from jaxlm.report.sections import Section
 
@@ -30,12 +31,14 @@ def write(folder: str | Path, config_class: ConfigClass) -> Path:
 def head(folder: Path) -> dict[str, Any]:
     """What the page says first: state, versions, commit, and a whole run's table of stages."""
     manifest = sections.optional_json(folder / "manifest.json") or {}
+    # A run that has no manifest was made by what makes this page.
+    made_by = manifest or {"commit": manifests.commit(), "versions": manifests.versions()}
     summaries = manifest.get("facts", {}).get("stages", {})
     own = manifest.get("facts", {}).get("summary")
     return {
         "state": f"finished {manifest['created']}" if manifest else "unfinished",
-        "commit": manifest.get("commit", ""),
-        "versions": manifest.get("versions", {}),
+        "commit": made_by.get("commit", ""),
+        "versions": made_by.get("versions", {}),
         "table": summaries or ({folder.name: own} if own else {}),
     }
 

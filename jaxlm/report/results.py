@@ -35,6 +35,19 @@ def documents(report: Mapping[str, Any] | None) -> Markup:
     return made + Markup("<details><summary>examples of what was dropped</summary>{}</details>").format(inside)
 
 
+def packing(found: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """How full rows and batches are: a line for each split of each folder's facts that count tokens."""
+    each = {
+        f"{name}, {split}": {field: value for field, value in facts[split].items() if field != "lengths"}
+        for name, facts in found.items()
+        for split in ("train", "heldout")
+        if isinstance(facts.get(split), Mapping) and "tokens" in facts[split]
+    }
+    fields = list(dict.fromkeys(field for facts in each.values() for field in facts))
+    rows = [[name, *(shown(facts.get(field)) for field in fields)] for name, facts in each.items()]
+    return table(["", *(field.replace("_", " ") for field in fields)], rows)
+
+
 def lengths(facts: Mapping[str, Any]) -> Markup:
     """Of packed documents: how many have up to 16, 32, … tokens."""
     drawn = [

@@ -15,6 +15,10 @@ from jaxlm.report import charts, results
 from jaxlm.report.charts import Curve
 from jaxlm.report.tables import record_rows, shown, table
 
+# Where stages count what they read, and what they pack.
+PACKED = ("", "rows", "general")
+COUNTED = (*(f"{name}/report.json" for name in PACKED), "data.json", "data-train.json", "data-heldout.json")
+MOST_EXAMPLES = 12
 MOST_SAMPLES = 24  # answers on the page: of the first, the middle and the last ones
 GROUPS = "train/gradient_norm/"
 
@@ -69,19 +73,26 @@ def of(folder: Path, config_class: Callable[[str], type]) -> list[Section]:
     report, found = optional_json(folder / "report.json"), optional_json(folder / "results.json")
     manifest = optional_json(folder / "manifest.json") or {}
     facts = {name: value for name, value in manifest.get("facts", {}).items() if name not in ("summary", "results")}
+    counted = [optional_json(folder / name.lstrip("/")) for name in COUNTED]
+    packed = [optional_json(folder / name / "manifest.json") or {} for name in PACKED]
+    packed_facts = {name or "rows": found["facts"] for name, found in zip(PACKED, packed, strict=True) if found}
+    if packing := (optional_json(folder / "data.json") or {}).get("packing"):
+        packed_facts["rankings"] = packing
     made = [
         ("Verdict of the gate", results.gate(optional_json(folder / "gate.json"))),
         ("Results", results.results(found)),
         ("Reward against √KL", results.frontier(values)),
         ("Ranking", results.ranking(report)),
-        ("Data", results.documents(report)),
+        ("Data", Markup("").join(results.documents(each) for each in counted)),
+        ("Packing", results.packing(packed_facts)),
         ("Documents' lengths", results.lengths(facts)),
         ("Curves", curves(values)),
         ("Throughput", goodput(values)),
         ("Samples", samples(folder)),
+        ("Examples", examples(folder)),
     ]
     kept = [Section(title, body) for title, body in made if body]
-    inputs = record_rows(manifest.get("inputs", {}))
+    inputs = record_rows(manifest.get("inputs") or optional_json(folder / "inputs.json") or {})
     folded = (("Facts", record_rows(facts)), ("Config", config(folder, config_class)), ("Inputs", inputs))
     return kept + [Section(title, body, folded=True) for title, body in folded if body]
 
@@ -163,6 +174,18 @@ def samples(folder: Path) -> Markup:
     parts = {"first half": records[:half], "second half": records[half:]} if "step" in records[0] else {"all": records}
     lengths = {name: [len(_answer(record)) for record in part] for name, part in parts.items()}
     return made + _grid([charts.histogram("length of answers, share of each bin", lengths, x="characters")])
+
+
+def examples(folder: Path) -> Markup:
+    """What an evaluation asked and got, the first ones of each part."""
+    parts = []
+    for path in sorted(folder.glob("examples/*.jsonl")):
+        records = [json.loads(line) for line in _lines(path)]
+        fields = list(dict.fromkeys(field for record in records[:MOST_EXAMPLES] for field in record))
+        rows = [[_said(record.get(field, "")) for field in fields] for record in records[:MOST_EXAMPLES]]
+        folded = Markup("<details><summary>{}: {} of {}</summary>{}</details>")
+        parts.append(folded.format(path.stem, len(rows), len(records), table(fields, rows)))
+    return Markup("").join(parts)
 
 
 def _answer(record: Mapping[str, Any]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import grain
+from etils import epath
 
+from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.logging import logger
 from jaxlm.data import chats
@@ -15,6 +17,7 @@ from jaxlm.text import readers, tally
 from jaxlm.text.clean import Reason
 from jaxlm.text.config import Split
 from jaxlm.tokenizer.chat import ChatTemplate
+from jaxlm.train.processes import from_first
 
 MAX_RECORD_BYTES = 2**24
 MAX_BAD_SHARE = 0.01
@@ -37,8 +40,11 @@ def read(
     template: ChatTemplate | None,
     encode: Callable[[str], list[int]],
     max_tokens: int,
+    workdir: str = "",
 ) -> list[Prompt]:
     """The prompts of a split of the sources, in order; without a chat template they are plain texts.
+
+    With a `workdir` they are counted in WORKDIR/data-SPLIT.json.
 
     An assistant's last message is left out: it is what the policy is to write. Raises Refused where too many records
     are bad, UserError where none is left.
@@ -63,7 +69,10 @@ def read(
             raise UserError(f"sources.{name}: holds no record at all")
         if counted.bad > MAX_BAD_SHARE * counted.read:
             raise Refused(f"sources.{name}: {counted.bad} of {counted.read} records are bad: {dict(counted.dropped)}")
-    dropped = tally.report(tallies)["dropped"]
+    report = tally.report(tallies)
+    if workdir:
+        from_first(lambda: files.write_json(epath.Path(workdir) / f"data-{split}.json", report))
+    dropped = report["dropped"]
     if not prompts:
         raise UserError(f"sources: no prompt is left; dropped {dropped}")
     logger.info("%d prompts%s", len(prompts), f", dropped {dropped}" if dropped else "")

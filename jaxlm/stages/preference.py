@@ -27,7 +27,6 @@ from jax.sharding import Mesh
 from jaxlm.adapters.training import Tuned, program_of, separated, tune, whole, with_base
 from jaxlm.base import files, manifest, metrics, sharding
 from jaxlm.base.errors import ConfigError
-from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
@@ -132,12 +131,7 @@ def read_batches(
     together, measured = encoder.split(read, config.heldout_annotators, "criterion")
     batches = preference_batches(config, together, mesh, config.accumulate)
     heldout = preference_batches(config, measured, mesh, 0) if any(prompt.pairs for prompt in measured) else None
-    logger.info(
-        "%d prompts, %d held out; left out: %s",
-        len(batches.prompts),
-        len(heldout.prompts) if heldout else 0,
-        {reason: len(names) for reason, names in batches.dropped.items()} or "none",
-    )
+    records.describe(config.workdir, batches, heldout)
     if config.has_reference:
         tuned = tuned or tune(config, mesh, model, model.config.scan_layers)
         folder = config.reference_cache or f"{config.workdir}/reference"

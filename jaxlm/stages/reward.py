@@ -23,7 +23,6 @@ from jax.sharding import Mesh
 from jaxlm.adapters import training
 from jaxlm.adapters.training import Tuned, program_of, separated, whole, with_base
 from jaxlm.base import files, manifest, sharding
-from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.feedback.records import RankingRecord
 from jaxlm.hub.find import find_model, inputs_of
@@ -144,13 +143,7 @@ def main(config: RewardConfig) -> dict[str, Any]:
         batches = ranking_batches(config, together, mesh, config.accumulate)
         heldout = ranking_batches(config, measured, mesh, 0) if any(prompt.pairs for prompt in measured) else None
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
-        logger.info(
-            "%d prompts, %d held out; left out: %s; %d steps",
-            len(batches.prompts),
-            len(heldout.prompts) if heldout else 0,
-            {reason: len(names) for reason, names in batches.dropped.items()} or "none",
-            config.steps,
-        )
+        records.describe(config.workdir, batches, heldout)
         tuned, shape = tune(config, mesh, model, model.config.scan_layers), reward_shape(config, model)
         program, definition = _build(config, mesh, tuned), define_model(shape)
         held = RankingHeldout(config, program, tuned.measured, heldout)

@@ -271,7 +271,8 @@ def main(config: RLConfig) -> dict[str, Any]:
         shape = directories.policy.config
         template = directories.policy.chat_template()
         sampler = sampler_of(config, directories.policy)
-        read = lambda split: prompts.read(config.sources, split, template, sampler.encode, config.max_prompt_tokens)
+        limits = config.max_prompt_tokens, config.workdir
+        read = lambda split: prompts.read(config.sources, split, template, sampler.encode, *limits)
         asked = read("train")
         heldout = read("heldout") if any("heldout" in s.splits for s in config.sources) else []
         heldout = heldout[: config.heldout_prompts or None]

@@ -326,6 +326,17 @@ def test_one_batch_its_pieces_and_its_prompts_one_by_one_are_the_same(params, pr
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, whole)
 
 
+def test_packing_counts_what_an_epochs_batches_hold():
+    prompts = [ranked(1, [3, 5, 4], prefix=2), ranked(2, [4, 2]), Prompt("tied", [np.arange(3)] * 2, [])]
+    batches = made(prompts, rows=2, row_length=10, pairs=6)
+    filled = sum(int((batches.batch(step)["segment_ids"] > 0).sum()) for step in range(batches.first_step(1)))
+    room = batches.first_step(1) * 20
+    found = batches.packing()
+    assert (found["prompts"], found["pairs"], found["tokens"], filled) == (2, 4, 18, 18)
+    assert found["padding_share"] == 1 - 18 / room
+    assert found["left_out"] == {"no_untied_pair": 1}
+
+
 def test_an_excluded_prompt_is_padding_in_its_place():
     prompts = [ranked(number, [3, 2, 4][: 2 + number % 2]) for number in range(1, 9)]
     whole, without = made(prompts, rows=2), made(prompts, rows=2, exclude=["p3", "p6"])

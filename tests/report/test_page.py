@@ -227,3 +227,35 @@ def test_results_are_figures_with_intervals_counts_and_what_is_missing(policy):
     assert text.count('class="scale"') == 1, "bits a byte are no share"
     for said in ("no &lt;records&gt;", "safety.refusal.by_language.ru", "heldout.documents"):
         assert said in text
+
+
+def test_an_evaluations_examples_are_shown(policy):
+    (policy / "examples").mkdir()
+    lines = [{"where": f"a.jsonl:{n}", "prompt": f"<{n}>?", "answer": "x", "correct": 0.5} for n in range(30)]
+    (policy / "examples/task-sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = text_of(policy)
+    assert "task-sums: 12 of 30" in text
+    assert "&lt;11&gt;?" in text
+    assert "&lt;12&gt;?" not in text
+
+
+def test_what_a_stage_read_and_packed_itself_is_shown(policy):
+    (policy / "rows").mkdir()
+    source = {"read": 40, "kept": 39, "bad": 0, "dropped": {"is_held_out": 1}}
+    (policy / "rows/report.json").write_text(json.dumps({"sources": {"chats": source}}))
+    facts = {"train": {"documents": 39, "rows": 7, "tokens": 700, "padding_share": 0.125}, "row_length": 128}
+    (policy / "rows/manifest.json").write_text(json.dumps({"facts": facts}))
+    packed = {"train": {"prompts": 20, "pairs": 55, "batches": 4, "tokens": 900, "padding_share": 0.25}}
+    ranked = {"sources": {"people": source | {"dropped": {"duplicate_record": 1}}}, "packing": packed}
+    (policy / "data.json").write_text(json.dumps(ranked))
+    text = text_of(policy)
+    for said in ("is_held_out", "duplicate_record", "rows, train", "rankings, train", "padding share", "0.125", "55"):
+        assert said in text
+
+
+def test_an_unfinished_run_has_versions_and_inputs(policy):
+    (policy / "inputs.json").write_text(json.dumps({"runs/sft/model": "0123abcd"}))
+    text = text_of(policy)
+    assert "unfinished" in text
+    assert "python 3." in text
+    assert "0123abcd" in text

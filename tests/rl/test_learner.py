@@ -44,6 +44,7 @@ ENDED = (True, False, True, True, True, True, False, True)
 def config(**fields) -> RLConfig:
     made: dict[str, Any] = dict(
         model="unread",
+        reward_model="unread",
         verifiers=(VerifierConfig(kind="exact"),),
         sources=(ChatSource(name="train", path="unread.jsonl"),),
         criteria=(CriterionWeight(name="overall", weight=2.0), CriterionWeight(name="kind", weight=-0.5)),
