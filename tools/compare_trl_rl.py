@@ -3,9 +3,10 @@
     ../trl-env/bin/python tools/compare_trl_rl.py | tail -n 1 > tests/stages/fixtures/trl_rl.json         # 35 s
     JAXLM_TRL_PYTHON=../trl-env/bin/python python -m pytest -m slow tests/stages/test_rl_against_trl.py
 
-The environment, weights and helpers are those of `compare_trl.py`. Each case is one training step of rate 0 by TRL's
-own trainer, from rewards to advantages to the gradient: only the drawing of answers is replaced, by given ones. They
-are drawn, as TRL sees it, by "old policy", and learned from by "policy", so that ratios are not 1 and some are clipped.
+Weights, helpers and environment are those of `compare_trl.py`; it needs `requests` besides, which TRL does not declare.
+Each case is one training step of rate 0 by TRL's own trainer, from rewards to advantages to the gradient: only the
+drawing of answers is replaced, by given ones. They are drawn, as TRL sees it, by "old policy", and learned from by
+"policy", so that ratios are not 1 and some are clipped.
 """
 
 import contextlib
