@@ -1,4 +1,5 @@
 """What TRL computes at step 0 on tiny weights: SFT, pair reward, and preferences. jaxlm is held to it by its test.
+(Reinforcement learning: `compare_trl_rl.py`, with the weights and helpers of this file.)
 
     python3 -m venv ../trl-env
     ../trl-env/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0    # torch: its CPU build is enough
@@ -27,6 +28,7 @@ import numpy as np
 # are far from their defaults: 1e-5 in place of 1e-6 would change loss and norm by less than the test's tolerance.
 V, L, D, H, K, N, F = 64, 2, 32, 4, 2, 12, 48
 EPSILON, ROPE_BASE = 1e-2, 5000.0
+OLD_STEP = np.float32(0.1)
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
 BETA, CENTRING = 0.1, 0.05
 UNDESIRABLE, ODDS_WEIGHT, SIMPO_BETA, SIMPO_MARGIN = 1.25, 0.5, 2.0, 0.75
@@ -40,8 +42,12 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def weight(model: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """float32, by jaxlm's name for it (layers/0/attention/query), matrices as [in, out], of variance 1 / in.
 
-    `model` makes another set of weights; norms scale by .75 to 1.25, so that they are not their initial ones.
+    `model` makes another set of weights; norms scale by .75 to 1.25, so that they are not their initial ones. "old m"
+    lies a tenth of the way from m to another set: what drew the answers before some updates, for ratios around 1.
     """
+    if model.startswith("old "):
+        newer = weight(model.removeprefix("old "), name, shape)
+        return newer + OLD_STEP * (weight("elsewhere", name, shape) - newer)
     values = 2 * draw(f"{model}/{name}", shape) - 1
     if name.endswith("scale"):
         return (1 + values / 4).astype(np.float32)
@@ -191,17 +197,19 @@ def arguments(kind, folder: str, batch: int, **more):
     )
 
 
-def stepped(trainer) -> dict[str, float]:
-    """What the trainer logs; the gradient's norm is that before clipping."""
+LOGGED = {
+    "loss": "loss",
+    "gradient_norm": "grad_norm",
+    "mean chosen": "logps/chosen",
+    "mean rejected": "logps/rejected",
+    "kl": "kl",
+}
+
+
+def stepped(trainer, names: dict[str, str] = LOGGED) -> dict[str, float]:
+    """What the trainer logs, by our names for it; the gradient's norm is that before clipping."""
     trainer.train()
     logged = trainer.state.log_history[0]
-    names = {
-        "loss": "loss",
-        "gradient_norm": "grad_norm",
-        "mean chosen": "logps/chosen",
-        "mean rejected": "logps/rejected",
-        "kl": "kl",
-    }
     return {ours: logged[theirs] for ours, theirs in names.items() if theirs in logged}
 
 
@@ -327,9 +335,19 @@ def simpo(folder: str) -> dict[str, float]:
     return without_reference(CPOTrainer, CPOConfig, folder, PAIRS, **more)
 
 
-def main() -> None:
+def quiet() -> None:
+    """To be called before TRL is imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is read from there
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO and SimPO live there
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO, SimPO, PPO and online DPO live there
+
+
+def show(results: dict) -> None:
+    versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "numpy")}
+    print(json.dumps({"versions": versions} | results))
+
+
+def main() -> None:
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         results = {
             "sft": sft(folder, 1),
@@ -345,8 +363,7 @@ def main() -> None:
             "orpo": orpo(folder),
             "simpo": simpo(folder),
         }
-    versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "numpy")}
-    print(json.dumps({"versions": versions} | results))
+    show(results)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,19 @@ compared always, fresh ones as well where JAXLM_TRL_PYTHON names a Python that h
 
 import dataclasses
 import functools
-import importlib.util
-import json
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trl_tool import SHAPE, SOURCES, Numbers, close, numbers, tool, weights
 
 from jaxlm.base.metrics import values
 from jaxlm.data.config import ChatSource
 from jaxlm.data.rows import Piece, expand
 from jaxlm.distill.teaching import CrossEntropy
-from jaxlm.model import layout
 from jaxlm.model.config import ModelConfig
-from jaxlm.model.transformer import define_model
-from jaxlm.model.weights import Definition, Params
 from jaxlm.preference import ranked
 from jaxlm.preference.batches import PreferenceBatches, Reference
 from jaxlm.preference.config import DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
@@ -37,9 +30,6 @@ from jaxlm.train import optimizer as optimizers
 from jaxlm.train.state import initial_state
 
 pytestmark = pytest.mark.slow
-
-TOOL = Path(__file__).parent.parent.parent / "tools/compare_trl.py"
-PYTHON = os.environ.get("JAXLM_TRL_PYTHON", "")
 
 # The last line of `python tools/compare_trl.py` with trl 1.12.0, transformers 5.23.0, torch 2.13.0+cpu, numpy 2.4.6.
 STORED: dict[str, dict[str, Any]] = {
@@ -99,62 +89,10 @@ STORED: dict[str, dict[str, Any]] = {
     },
 }
 
-# Float32 on both sides, summed in another order.
-close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("compare_trl", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-SHAPE = ModelConfig(
-    vocab_size=tool.V,
-    layers=tool.L,
-    width=tool.D,
-    heads=tool.H,
-    kv_heads=tool.K,
-    head_size=tool.N,
-    feed_forward=tool.F,
-    qk_norm=True,
-    norm_epsilon=tool.EPSILON,
-    rope_base=tool.ROPE_BASE,
-    compute="float32",
-).complete()
-
-
-@pytest.fixture(scope="module", params=["stored", "fresh"] if PYTHON else ["stored"])
-def trl(request) -> dict[str, dict[str, Any]]:
-    if request.param == "stored":
-        return STORED
-    run = subprocess.run([PYTHON, TOOL], stdout=subprocess.PIPE, text=True, check=True)
-    fresh = json.loads(run.stdout.splitlines()[-1])
-    del fresh["versions"]
-    assert fresh.keys() == STORED.keys()
-    for name, figures in fresh.items():
-        assert figures.keys() == STORED[name].keys()
-        for figure, value in figures.items():
-            close(value, STORED[name][figure], err_msg=f"{name}, {figure}")
-    return fresh
-
-
-def weights(model: str, shape: ModelConfig) -> tuple[Definition, Params]:
-    """The tool's numbers, stacked as the stages take them."""
-    params: Params = {}
-    for path, declared in define_model(dataclasses.replace(shape, scan_layers=False)):
-        node = params
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        # TRL's reward head has no bias; ours begins at 0.
-        bias = path == ("score_bias",)
-        value = np.zeros(declared.shape, np.float32) if bias else tool.weight(model, "/".join(path), declared.shape)
-        node[path[-1]] = jnp.asarray(value)
-    return define_model(shape), layout.stack(params, shape)
+@pytest.fixture(scope="module", params=SOURCES)
+def trl(request) -> Numbers:
+    return numbers(request, "compare_trl", STORED)
 
 
 def first_step(
