@@ -104,7 +104,8 @@ def require_verdict(directory: ModelDirectory) -> None:
         return
     state = "was refused by the gate" if verdict else "has no verdict of the gate"
     raise Refused(
-        f"model: {directory.folder} {state}; evaluate it with gate=default, or export it with --without_verdict=true"
+        f"model: {directory.folder} {state}; evaluate it with a gate (default, or a file of thresholds), or export "
+        "it with --without_verdict=true"
     )
 
 
