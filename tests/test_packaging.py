@@ -31,6 +31,11 @@ def test_every_file_that_is_not_code_is_package_data():
     assert held == other
 
 
+def test_extras_are_found_by_every_pip():
+    """pip 23, which Python 3.11 brings, warns of an extra with an underscore in its name and installs nothing for it."""
+    assert not [name for name in PROJECT["project"]["optional-dependencies"] if "_" in name]
+
+
 def test_the_version_stands_in_one_place():
     assert "version" in PROJECT["project"]["dynamic"]
     assert jaxlm.__version__ == re.search(r'VERSION = "(.*)"', (ROOT / "jaxlm/version.py").read_text())[1]
