@@ -32,7 +32,7 @@ def test_every_file_that_is_not_code_is_package_data():
 
 
 def test_extras_are_found_by_every_pip():
-    """pip 23, which Python 3.11 brings, warns of an extra with an underscore in its name and installs nothing for it."""
+    """pip 23, which Python 3.11 brings, installs nothing for an extra with an underscore in its name: it only warns."""
     assert not [name for name in PROJECT["project"]["optional-dependencies"] if "_" in name]
 
 
