@@ -33,7 +33,7 @@ class SourceConfig:
     text_field: str = "text"
     """Name of the field or column that holds the text."""
     language: str = ""
-    """Of its documents, such as en: evaluate shows figures by language."""
+    """Language of its documents, such as en: evaluate shows figures by language."""
     modules: tuple[str, ...] = ()
     """python only: what the function is given, names of modules such as json and numpy.linalg."""
     tfds_split: str = "train"
