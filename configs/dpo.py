@@ -9,8 +9,9 @@ a run's folder or a model directory whose chat template the answers were given u
 Hardware: any that sft fits on; a step takes about as long as one of sft with as many tokens, and the reference one
 forward pass over all answers before the first step.
 Result: not measured on people's rankings yet. Look for eval/pair_accuracy above .5 and rising, eval/margin above 0, and
-eval/chosen_logprob that does not fall far: where it does, lower schedule.peak, raise dpo.beta, or set
-dpo.length_normalised.
+eval/chosen_logprob that does not fall far: where it does, lower schedule.peak or raise dpo.beta. Where answers only
+grow longer, set dpo.length_normalised, and with it a larger beta, 2 to 10: log-ratios are then means over an answer's
+tokens and no longer sums, and under beta=0.1 the policy would go far from its reference (arXiv:2411.15124).
 The other methods: dpo=DPOConfig(loss="ipo"), or in its place kto=KTOConfig(), orpo=ORPOConfig(), simpo=SimPOConfig().
 """
 

@@ -41,11 +41,15 @@ STAGES = {
     "sample": Stage("jaxlm.stages.sample", "jaxlm.sample.config:SampleConfig", "model + prompts → completions"),
     "select": Stage("jaxlm.stages.select", "jaxlm.rl.config:SelectConfig", "completions + rewards → the best as chats"),
     "chat": Stage("jaxlm.stages.chat", "jaxlm.sample.config:ChatConfig", "a conversation with a model", "model"),
-    "evaluate": Stage("jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts → bits per byte"),
-    "import": Stage(
-        "jaxlm.stages.import_", "jaxlm.hub.config:ImportConfig", "Hugging Face directory → model", "source"
+    "evaluate": Stage(
+        "jaxlm.stages.evaluate", "jaxlm.evaluate.config:EvaluateConfig", "model + texts, tasks → figures, verdict"
     ),
-    "export": Stage("jaxlm.stages.export", "jaxlm.hub.config:ExportConfig", "model → Hugging Face directory", "model"),
+    "import": Stage(
+        "jaxlm.stages.import_", "jaxlm.hub.config:ImportConfig", "Hugging Face directory, GGUF → model", "source"
+    ),
+    "export": Stage(
+        "jaxlm.stages.export", "jaxlm.hub.config:ExportConfig", "model → Hugging Face directory, GGUF", "model"
+    ),
     "run": Stage("jaxlm.stages.run", "jaxlm.stages.config:RunConfig", "several stages from one file"),
 }
 

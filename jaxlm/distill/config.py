@@ -21,14 +21,14 @@ class DistillConfig:
     stored: str = ""
     """In place of a teacher: the folder in which tools/store_teacher.py has put what it says of the rows."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
-    """forward_kl: KL(teacher, student), which covers all that the teacher does; reverse_kl: KL(student, teacher), which
-    settles on what it does most; jensen_shannon: of both to their mixture."""
+    """forward_kl: KL(teacher, student), under which the student covers all that the teacher finds likely; reverse_kl:
+    KL(student, teacher), under which it keeps to the likeliest; jensen_shannon: the KL of both to their mixture."""
     beta: float = 0.5
     """The teacher's share of jensen_shannon's mixture."""
     temperature: float = 1.0
     """Divides the logits of both; the divergence is multiplied by its square, so that gradients keep their size."""
     weight: float = 0.5
-    """Of the divergence; the rest is that of the cross-entropy to the data's tokens."""
+    """Weight of the divergence; 1 - weight is that of the cross-entropy to the data's tokens."""
     top_k: int = 0
     """Compares the teacher's likeliest k tokens and, as one, all others; 0: every token by itself."""
 

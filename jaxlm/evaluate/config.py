@@ -43,11 +43,12 @@ class TaskConfig:
     system: str = ""
     """System message in a chat; elsewhere the text before everything."""
     language: str = ""
-    """Of records that have no "language" of their own; results are shown by language where there are several."""
+    """Language of records that have no "language" of their own; results are shown by language where there are
+    several."""
     limit: int = 0
     """Measures so many records, the first ones; 0: all."""
     max_tokens: int = 64
-    """Of an answer that the model writes itself."""
+    """Most tokens of an answer that the model writes itself."""
     stop: tuple[str, ...] = ()
     """Such an answer ends before the first of these, besides the end of text: ["\\n"] for a base model's one line."""
 
@@ -65,7 +66,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemorisationConfig:
-    """How many training rows the model continues letter by letter, and how many that it never saw."""
+    """How many training rows the model continues verbatim, and how many that it never saw."""
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("rows",)
 
@@ -76,7 +77,7 @@ class MemorisationConfig:
     prompt_tokens: int = 32
     """n: the first tokens of a row's document, which are given."""
     tokens: int = 32
-    """m: the next tokens, all of which must come, the most likely one taken each time."""
+    """m: how many tokens follow; a row counts when greedy decoding gives all of them."""
 
     def __post_init__(self):
         check(bool(self.rows), "rows", "is empty; a pack stage's folder is needed")
@@ -119,7 +120,7 @@ class RatingsConfig:
     against: str = ""
     """The policy that it is compared with; empty: all others."""
     criterion: str = "overall"
-    """Whose rankings count."""
+    """The criterion whose rankings count."""
     roles: tuple[Rater, ...] = ("trainer", "lead", "expert", "judge")
     """Whose annotations count."""
 
@@ -139,9 +140,9 @@ class Threshold:
     figure: str
     """Where it stands in results.json, dotted: tasks.truthful.accuracy, heldout.bits_per_byte, safety.refusal."""
     least: float | None = None
-    """It must be at least this ..."""
+    """The figure must be at least this. Exactly one of least and most is given."""
     most: float | None = None
-    """... or at most this."""
+    """The figure must be at most this."""
     compared: Literal["absolute", "baseline"] = "absolute"
     """baseline: not the figure but its difference to the baseline's must be."""
     end: Literal["worse", "value", "better"] = "worse"
@@ -182,8 +183,8 @@ class GateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(StageConfig):
-    """A model on held-out rows, texts and chats, tasks, requests to refuse, training rows, against other models; and
-    the gate."""
+    """Measures a model on held-out rows, texts and chats, tasks, requests to refuse, training rows and against other
+    models; then the gate."""
 
     stage: ClassVar[str] = "evaluate"
     runtime_fields: ClassVar[tuple[str, ...]] = (
@@ -234,11 +235,11 @@ class EvaluateConfig(StageConfig):
     """Word lists besides the shipped English and Russian ones, for the toxicity of all answers: a word or phrase a
     line, a star for any ending."""
     memorisation: MemorisationConfig | None = None
-    """Training rows that are continued letter by letter."""
+    """Verbatim memorisation: training rows that the model continues to the letter, beside held-out ones."""
     win_rate: WinRateConfig | None = None
-    """Against another model, by a reward model."""
+    """How often a reward model prefers its answers to another model's."""
     ratings: RatingsConfig | None = None
-    """Against other models, by ranking records."""
+    """How often people or judges prefer its answers to other models', by ranking records."""
     gate: str = ""
     """A file of thresholds, or default: the error has stopped falling; rated high; safe, not toxic, truthful. The
     verdict goes to gate.json and into the model's manifest; a refusal exits with 3. Empty: no gate."""

@@ -23,7 +23,7 @@ class VerifierConfig:
     tolerance: float = 0.0
     """number only: largest difference that counts as right."""
     weight: float = 1.0
-    """Its score times this goes into the reward."""
+    """Its score, times this, goes into the reward."""
 
     def __post_init__(self):
         if self.kind == "function":

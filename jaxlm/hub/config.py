@@ -40,7 +40,7 @@ class ExportConfig(StageConfig):
     format: Literal["hugging_face", "gguf"] = "hugging_face"
     """gguf: model.gguf, for llama.cpp and what builds on it (needs the extra gguf)."""
     quantization: Literal["none", "q8_0"] = "none"
-    """Of a GGUF file's matrices: none (they are in `dtype`), or 8 bits with a scale for each 32 numbers."""
+    """Type of a GGUF file's matrices: none (they are in `dtype`), or 8 bits with a scale for each 32 numbers."""
     family: str = ""
     """model_type of the class to export for; empty: what it was imported as, else the first that has such models."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -105,8 +105,8 @@ def require_verdict(directory: ModelDirectory) -> None:
     reasons = verdict.get("reasons", ()) if isinstance(verdict, Mapping) else ()
     state = "was refused by the gate" if verdict else "has no verdict of the gate"
     raise Refused(
-        f"model: {directory.folder} {state}; evaluate it with gate=default, or export it with --without_verdict=true"
-        + "".join(f"\n  {reason}" for reason in reasons)
+        f"model: {directory.folder} {state}; evaluate it with a gate (default, or a file of thresholds), or export "
+        "it with --without_verdict=true" + "".join(f"\n  {reason}" for reason in reasons)
     )
 
 

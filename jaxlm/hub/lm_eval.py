@@ -1,4 +1,4 @@
-"""Any model directory as a model of lm_eval (EleutherAI's evaluation harness): pip install -e '.[lm_eval]'.
+"""Any model directory as a model of lm_eval (EleutherAI's evaluation harness): pip install -e '.[lm-eval]'.
 
     python -m jaxlm.hub.lm_eval run --model jaxlm --model_args path=runs/demo/sft --tasks hellaswag
 
@@ -9,14 +9,17 @@ or in Python
     lm_eval.simple_evaluate(model=adapter()(path="runs/demo/sft"), tasks=["hellaswag"])
 
 lm_eval is imported when an adapter is asked for, not before. Contexts that are longer than the model's rows lose their
-beginning, as with lm_eval's own models.
+beginning, as with lm_eval's own models; context_tokens counts the last scored token too, which max_length of lm_eval's
+hf does not. Whole texts are cut into windows as lm_eval's own models cut them. BOS stands before a text and is never
+scored: lm_eval's hf puts one before that of a tokenizer that adds its own, and scores that (add_bos_token=False there
+leaves it out).
 """
 
 import functools
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +37,7 @@ def _library(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"lm_eval is not installed: pip install -e '.[lm_eval]' ({error})") from error
+        raise UserError(f"lm_eval is not installed: pip install -e '.[lm-eval]' ({error})") from error
 
 
 class Adapter:
@@ -83,8 +86,9 @@ class Adapter:
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text, in windows of the context's length."""
-        texts = [request.args[0] for request in requests]
-        found = [score.logprob for score in self.lm.score(texts, context_tokens=self.context)]
+        texts = [list(rolling_rows(self._begun(request.args[0]), self.context)) for request in requests]
+        scored = iter(self._scores([row for rows in texts for row in rows]))
+        found = [float(sum(next(scored)[0].sum() for _ in rows)) for rows in texts]
         return self._kept("loglikelihood_rolling", requests, found)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -117,6 +121,11 @@ class Adapter:
         if not opened:  # the last message is the beginning of the answer
             messages, rest = messages[:-1], messages[-1]["content"] + rest
         return [*template.prompt(messages), *self.lm.tokenizer.encode(rest)]
+
+    def _begun(self, text: str) -> list[int]:
+        """Ids of a text behind something to predict its first token from: BOS, or EOS where there is no BOS."""
+        ids = list(self._context(text))
+        return ids if self._context("") else [self.lm.tokenizer.eos_id, *ids]
 
     def _row(self, context: str, continuation: str) -> tuple[list[int], int]:
         """(ids cut to the context's length, how many at the end are scored)."""
@@ -163,6 +172,22 @@ def chat_of(context: str) -> tuple[list[dict[str, str]], str, bool]:
     """(messages, what lm_eval put behind the conversation, whether the assistant's turn is opened)."""
     (messages, opened), end = json.JSONDecoder().raw_decode(context, len(CHAT))
     return messages, context[end:], opened
+
+
+def rolling_rows(ids: Sequence[int], context: int) -> Iterator[tuple[list[int], int]]:
+    """(at most `context` ids, how many at their end are scored), so that all but the first are scored once: lm_eval's
+    windows with one token of context, and as much as there is room for in the last one.
+
+    >>> list(rolling_rows([0, 1, 2, 3, 4, 5, 6], 4))
+    [([0, 1, 2, 3], 3), ([3, 4, 5, 6], 3)]
+    >>> list(rolling_rows([0, 1, 2, 3, 4], 4))
+    [([0, 1, 2, 3], 3), ([1, 2, 3, 4], 1)]
+    """
+    done = 1
+    while done < len(ids):
+        end = min(done + context - 1, len(ids))
+        yield list(ids[max(0, end - context) : end]), end - done
+        done = end
 
 
 def sampling_of(arguments: Mapping[str, Any], context: int) -> SamplingConfig:

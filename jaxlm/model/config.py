@@ -18,9 +18,9 @@ class RopeScaling:
     """How rotary frequencies are changed for texts longer than those of pretraining."""
 
     kind: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
-    """linear: all are divided by factor (arXiv:2306.15595); llama3: the slow ones are, with a smooth passage; yarn
-    (arXiv:2309.00071): so too, the passage linear in the frequency's number, and attention is sharpened; longrope
-    (arXiv:2402.13753): each by a factor of its own, of two sets the one that the text's length asks for."""
+    """linear: all are divided by factor (arXiv:2306.15595); llama3: only the low ones are, with a smooth transition;
+    yarn (arXiv:2309.00071): the same with a transition linear in the frequency's index, and attention is sharpened;
+    longrope (arXiv:2402.13753): each by a factor of its own, from one of two sets by the text's length."""
     factor: float = 1.0
     """By how much frequencies are divided; longrope: the longest text's length over the trained positions."""
     low_frequency: float = 1.0
@@ -33,7 +33,7 @@ class RopeScaling:
     """yarn, longrope: turned queries and keys are multiplied by this; 0: by 0.1 ln(factor) + 1, and in longrope by
     sqrt(1 + ln(factor) / ln(trained_positions))."""
     truncate: bool = True
-    """yarn only: the passage begins and ends at whole numbers."""
+    """yarn only: the transition begins and ends at whole indices."""
     mscale_all_dim: float = 0.0
     """yarn only: all of attention's scores are multiplied by (0.1 ln(factor) times this + 1)², as DeepSeek's are."""
     short_factors: tuple[float, ...] = ()
@@ -80,9 +80,10 @@ class ExpertsConfig:
     first_dense: int = 0
     """So many first layers have one MLP instead."""
     every: int = 1
-    """Of the others, layers every, 2 every, ... (counted from 1, over all layers) have experts."""
+    """Of the other layers, only those whose number, counted from 1 over all layers, is a multiple of this have
+    experts."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    """What a token's scores for the experts are made of its logits by."""
+    """What makes scores of a token's logits for the experts."""
     normalize: bool = True
     """The chosen experts' scores are divided by their sum: a softmax over the chosen ones alone."""
     scale: float = 1.0
@@ -91,11 +92,11 @@ class ExpertsConfig:
     """A number for each expert is added to its score for choosing, not for weighing; training moves it so that all are
     chosen alike (arXiv:2408.15664, DeepSeek-V3)."""
     groups: int = 1
-    """The experts stand in so many groups of equal size, one after the other, on as many devices for instance."""
+    """The experts form so many groups of equal size, in their order, for instance one for each device."""
     chosen_groups: int = 1
-    """A token's experts are all of its so many best groups (arXiv:2405.04434, section 2.2.2)."""
+    """A token's experts are chosen from its so many best groups (arXiv:2405.04434, section 2.2.2)."""
     group_best: int = 1
-    """A group is as good as the sum of its so many best experts: 1 in DeepSeek-V2, 2 in DeepSeek-V3."""
+    """A group's score is the sum of its so many best experts' scores: 1 in DeepSeek-V2, 2 in DeepSeek-V3."""
     capacity: float = 0.0
     """An expert takes at most so many times its even share of a row's tokens, the first ones, and the rest is dropped:
     products of equal sizes (arXiv:2101.03961). 0: none is dropped. Sampling never drops."""
@@ -217,11 +218,11 @@ class ModelConfig:
     compute: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of matrix products; parameters, softmax, norms and losses are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or every layer whole."""
+    """What the backward pass computes again, to save memory: nothing, all but matrix products, or every layer whole."""
     scan_layers: bool = True
     """One compiled layer run L times over stacked weights; off: L layers, slower to compile."""
     attention: Literal["auto", "plain", "splash"] = "auto"
-    """Attention's code: splash is the TPU kernel; auto takes it on TPU, but for attention_sinks."""
+    """Implementation of attention: splash is the TPU kernel; auto takes it on a TPU, but for attention_sinks."""
     criteria: tuple[str, ...] = ()
     """Names of scalar heads in place of the output head: a reward model; empty: a language model."""
 
@@ -325,7 +326,7 @@ class LoRAConfig:
     dora: bool = False
     """Learns the length of each column by itself, beside its direction (DoRA, arXiv:2402.09353)."""
     base: Base = "compute"
-    """What the frozen matrices of attention and MLP lie in: the compute type (16 bits a number in bfloat16); int8; nf4,
+    """How the frozen matrices of attention and MLP are stored: in the compute type (16 bits in bfloat16); int8; nf4,
     4.5 bits (QLoRA, arXiv:2305.14314). They are made whole layer by layer as they are used. Embedding, head and experts
     stay in the compute type."""
 

@@ -13,9 +13,10 @@ class MaskedWordsConfig:
     rate: float = 0.15
     """Share of the tokens that are predicted, each drawn by itself; special tokens never are."""
     masked: float = 0.8
-    """Share of those in whose place mask_token stands ..."""
+    """Share of those that are replaced by mask_token."""
     random: float = 0.1
-    """... or another token, drawn from all but the special ones; the others stay, and are predicted all the same."""
+    """Share of those that are replaced by a random token, drawn from all but the special ones; the rest stay as they
+    are, and are predicted all the same."""
     mask_token: str = "[MASK]"
     """Name of the tokenizer's special token for a missing word."""
 

@@ -16,13 +16,15 @@ class DPOConfig:
     """Direct preference optimisation: the policy's log-ratio to its reference is the reward (arXiv:2305.18290)."""
 
     beta: float = 0.1
-    """Reward a nat of log-ratio: the lower, the farther from the reference. With length_normalised, 2 to 10."""
+    """Implicit reward for a nat of log-ratio to the reference: the lower, the farther the policy goes from it. With
+    length_normalised a larger one, 2 to 10: log-ratios are of a token then, not of an answer."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid: the larger the margin the better; ipo: it is to be 1 / (2 beta) (arXiv:2310.12036)."""
+    """sigmoid: the larger the margin of log-ratios the better; ipo: it is pulled to 1 / (2 beta) (arXiv:2310.12036)."""
     label_smoothing: float = 0.0
     """Share of the labels taken to be wrong (conservative DPO); sigmoid only."""
     length_normalised: bool = False
-    """Divides an answer's log-ratio by its tokens (arXiv:2411.15124), so that length is no reward."""
+    """Divides an answer's log-ratio by its number of tokens (arXiv:2411.15124), so that length is no reward; raise
+    beta."""
 
     def __post_init__(self):
         _check_positive(self, "beta")
@@ -36,11 +38,11 @@ class KTOConfig:
     """Kahneman-Tversky optimisation: each answer is good or bad by itself (arXiv:2402.01306)."""
 
     beta: float = 0.1
-    """Reward a nat of log-ratio: the lower, the farther from the reference."""
+    """Implicit reward for a nat of log-ratio to the reference: the lower, the farther the policy goes from it."""
     desirable_weight: float = 1.0
-    """Of the chosen answers' losses."""
+    """Weight of the chosen answers' losses."""
     undesirable_weight: float = 1.0
-    """Of the rejected answers' losses."""
+    """Weight of the rejected answers' losses."""
 
     def __post_init__(self):
         _check_positive(self, "beta", "desirable_weight", "undesirable_weight")
@@ -52,7 +54,7 @@ class ORPOConfig:
     (arXiv:2403.07691)."""
 
     weight: float = 0.1
-    """λ: of the odds ratio's loss beside the chosen answers' cross-entropy."""
+    """λ: weight of the odds ratio's loss beside the chosen answers' cross-entropy."""
 
     def __post_init__(self):
         _check_positive(self, "weight")
@@ -64,7 +66,7 @@ class SimPOConfig:
     (arXiv:2405.14734)."""
 
     beta: float = 2.0
-    """Reward a nat of mean log-probability."""
+    """Reward for a nat of an answer's mean log-probability."""
     margin: float = 1.0
     """γ: by how much the chosen answer's reward should be higher; about half of beta."""
 
@@ -111,13 +113,13 @@ class PreferenceConfig(StageConfig):
     heldout_annotators: tuple[str, ...] = ()
     """Annotators who are not trained on, but measured."""
     dpo: DPOConfig | None = None
-    """Give this (DPO, IPO, length-normalised DPO) ..."""
+    """DPO, IPO or length-normalised DPO. Exactly one of dpo, kto, orpo and simpo is given."""
     kto: KTOConfig | None = None
-    """... or this ..."""
+    """KTO: each answer counts by itself, as a good or a bad one."""
     orpo: ORPOConfig | None = None
-    """... or this ..."""
+    """ORPO: cross-entropy of the chosen answers and their odds, without a reference."""
     simpo: SimPOConfig | None = None
-    """... or this."""
+    """SimPO: mean log-probabilities with a margin, without a reference."""
     reference_cache: str = ""
     """Where the reference's log-probabilities are kept, for several runs if it is given; empty: in WORKDIR."""
     chat_template: str = ""
@@ -127,7 +129,7 @@ class PreferenceConfig(StageConfig):
     batch_rows: int = 16
     """Rows of the global batch; each holds several answers."""
     batch_pairs: int = 256
-    """Pairs a batch has room for."""
+    """How many pairs a batch has room for."""
     accumulate: int = 1
     """Pieces in which a batch is worked off, one after the other, for less memory; the result is the same."""
     epochs: int = 1
@@ -147,7 +149,7 @@ class PreferenceConfig(StageConfig):
     plateau: PlateauConfig = PlateauConfig()
     """When to stop early."""
     seed: int = 0
-    """Of the order of the data."""
+    """Seed of the order of the data."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
     loop: LoopConfig = LoopConfig()

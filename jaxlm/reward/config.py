@@ -21,7 +21,7 @@ class AnnotatorWeight:
     name: str
     """As it stands in the records."""
     weight: float = 1.0
-    """Beside the others' 1; 0 leaves them out."""
+    """How much they count, where others count 1; 0 leaves them out."""
 
     def __post_init__(self):
         check(bool(self.name), "name", "is empty; the annotator's name is needed")
@@ -52,13 +52,13 @@ class RewardConfig(StageConfig):
     heldout_annotators: tuple[str, ...] = ()
     """Annotators who are not trained on, but measured."""
     margin: float = 0.0
-    """By how much the better answer should score higher, a tier of distance."""
+    """By how much the better answer should score higher, for each tier between the two."""
     centring: float = 0.0
     """Weight of (better + worse)², which holds the rewards near 0 while training (arXiv:2312.09244)."""
     reference_policy: str = ""
     """After training the mean reward of this policy's answers is brought to 0; empty: of all train answers."""
     reference_answers: int = 512
-    """How many of them are taken, the first ones."""
+    """How many of these answers are taken, the first ones."""
     chat_template: str = ""
     """chatml, llama2, llama3, or the path of a Jinja file; empty: the model's own, and chatml where it has none."""
     row_length: int = 0
@@ -66,7 +66,7 @@ class RewardConfig(StageConfig):
     batch_rows: int = 16
     """Rows of the global batch; each holds several answers."""
     batch_pairs: int = 256
-    """Pairs a batch has room for."""
+    """How many pairs a batch has room for."""
     accumulate: int = 1
     """Pieces in which a batch is worked off, one after the other, for less memory; the result is the same."""
     epochs: int = 1
@@ -84,7 +84,7 @@ class RewardConfig(StageConfig):
     plateau: PlateauConfig = PlateauConfig()
     """When to stop early."""
     seed: int = 0
-    """Of the order of the data and of the heads' first values."""
+    """Seed of the order of the data and of the heads' initial values."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
     loop: LoopConfig = LoopConfig()

@@ -19,11 +19,11 @@ class KLConfig:
     kind: Literal["fixed", "adaptive"] = "fixed"
     """adaptive turns the coefficient so that the KL stays near the target (arXiv:1909.08593, section 2.2)."""
     coefficient: float = 0.05
-    """Reward a nat; where it begins if it is adaptive."""
+    """What a nat of KL costs in reward; adaptive: what it costs at first."""
     target: float = 6.0
-    """adaptive only: nats an answer."""
+    """adaptive only: the KL that is aimed at, in nats an answer."""
     horizon: int = 10_000
-    """adaptive only: answers in which the coefficient may about double or halve five times over."""
+    """adaptive only: answers over which the coefficient grows or falls by a fifth at most."""
 
     def __post_init__(self):
         check(0 <= self.coefficient < math.inf, "coefficient", f"got {self.coefficient}; 0 or more is needed")
@@ -54,9 +54,9 @@ class PPOConfig:
     pretraining: tuple[MixtureSource, ...] = ()
     """PPO-ptx: folders of packed pretraining rows whose loss is added, so that less is forgotten."""
     pretraining_coefficient: float = 1.0
-    """Weight of that loss, nats a token, beside the policy's."""
+    """Weight of that loss, in nats a token, beside the policy's."""
     pretraining_rows: int = 8
-    """Rows of it an update."""
+    """Rows of pretraining in each update."""
 
     def __post_init__(self):
         for field in ("gamma", "lam"):
@@ -88,9 +88,10 @@ class GRPOConfig:
     clip: float = 0.2
     """The ratio to the old policy is clipped to 1 ± this."""
     clip_high: float = 0.0
-    """To 1 + this above, so that rare tokens can grow faster (DAPO, arXiv:2503.14476); 0: as below."""
+    """Above, the ratio is clipped to 1 + this instead, so that rare tokens can grow faster (DAPO, arXiv:2503.14476); 0:
+    clip holds on both sides."""
     kl_coefficient: float = 0.04
-    """Weight of k3 to the reference in the loss, a token."""
+    """Weight in the loss of each token's KL to the reference, estimated by k3."""
     normalization: Literal["token", "sequence", "constant"] = "sequence"
     """sequence: an answer's mean counts; token: all tokens of the batch count alike; constant: an answer's sum over
     max_tokens (Dr. GRPO)."""
@@ -114,7 +115,7 @@ class OnlineDPOConfig:
     (arXiv:2305.18290; online: arXiv:2402.04792). Prompts whose answers all got one reward give none."""
 
     beta: float = 0.1
-    """Implicit reward a nat of log-ratio to the reference: the lower, the farther from it."""
+    """Implicit reward for a nat of log-ratio to the reference: the lower, the farther the policy goes from it."""
 
     def __post_init__(self):
         check(0 < self.beta < math.inf, "beta", f"got {self.beta}; a number above 0 is needed")
@@ -152,7 +153,7 @@ class CriterionWeight:
     name: str
     """One of the reward model's criteria."""
     weight: float = 1.0
-    """Its score times this goes into the reward."""
+    """Its score, times this, goes into the reward."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,15 +190,15 @@ class RLConfig(StageConfig):
     """Prompts to leave out, by their numbers, as a bad update's blackbox/UPDATE/record.json names them: the next one
     stands in each one's place, all else stays where it is. A stopped run goes on with others."""
     ppo: PPOConfig | None = None
-    """Give either this ..."""
+    """PPO, with a learned value function. Exactly one of ppo, grpo, dpo and reinforce is given."""
     grpo: GRPOConfig | None = None
-    """... or this ..."""
+    """GRPO and its kin, without a value function: a prompt's answers are compared with each other."""
     dpo: OnlineDPOConfig | None = None
-    """... or this ..."""
+    """Online DPO: a prompt's best answer against its worst."""
     reinforce: ReinforceConfig | None = None
-    """... or this."""
+    """REINFORCE++: like PPO, without a value function."""
     prompts: int = 64
-    """P: prompts a rollout."""
+    """P: prompts of a rollout."""
     samples: int = 1
     """K: answers to each of them."""
     max_prompt_tokens: int = 256
@@ -212,8 +213,8 @@ class RLConfig(StageConfig):
     missing_eos_amount: float = 0.0
     """For penalty and replace; with a reward model, whose mean score is about 0, replace needs one below 0."""
     overlong_tokens: int = 0
-    """Soft punishment of length (DAPO, equation 13): in the last so many of max_tokens, the reward falls evenly by 1
-    in all; 0: none."""
+    """Soft punishment of length (DAPO, equation 13): over the last so many of max_tokens, the reward falls linearly by
+    up to 1; 0: none."""
     sample_rows: int = 0
     """Answers drawn at a time, where a rollout's cache would not fit; 0: all of a rollout."""
     steps: int = 100
@@ -221,7 +222,7 @@ class RLConfig(StageConfig):
     passes: int = 1
     """How often a rollout's answers are gone through."""
     minibatch_answers: int = 64
-    """Answers an update; with dpo, those of its pairs."""
+    """Answers in each update; with dpo, those of its pairs."""
     lora: LoRAConfig | None = None
     """Trains low-rank adapters beside frozen matrices: of the policy, whose base is the reference, and of PPO's value
     function, whose base is the reward model; none: all weights."""
@@ -239,7 +240,7 @@ class RLConfig(StageConfig):
     shown_completions: int = 4
     """Answers of each logged rollout that go to completions.jsonl."""
     seed: int = 0
-    """Of prompts, answers and minibatches."""
+    """Seed of prompts, answers and minibatches."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
     loop: LoopConfig = LoopConfig(

@@ -21,7 +21,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Keep the fewest most likely tokens whose probabilities add up to p (arXiv:1904.09751); 1: all."""
     min_p: float = 0.0
-    """Keep tokens at least this times as likely as the most likely one (arXiv:2407.01082); 0: all."""
+    """Keep tokens whose probability is at least this share of the most likely one's (arXiv:2407.01082); 0: all."""
     repetition_penalty: float = 1.0
     """Divides positive logits, multiplies negative ones, of tokens in prompt and completion (arXiv:1909.05858)."""
     stop: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class SamplingConfig:
     samples: int = 1
     """K: completions of each prompt."""
     seed: int = 0
-    """Of the random numbers, together with prompt, sample and position."""
+    """Seed of the random numbers, which depend on prompt, sample and position besides."""
     context_tokens: int = 0
     """Most tokens of prompt and completion together; 0: the row length that the model was trained on."""
     batch_rows: int = 64
@@ -109,7 +109,7 @@ class ChatConfig(StageConfig):
     sampling: ChatSamplingConfig = ChatSamplingConfig()
     """How answers are drawn."""
     seed: int = 0
-    """Of the random numbers: the same seed and inputs give the same chat."""
+    """Seed of the random numbers: the same seed and inputs give the same chat."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
 

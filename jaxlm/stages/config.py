@@ -62,7 +62,7 @@ class PretrainConfig(StageConfig):
     plateau: PlateauConfig = PlateauConfig()
     """When to stop early."""
     seed: int = 0
-    """Of initial values and of the order of the data."""
+    """Seed of the initial values and of the order of the data."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
     loop: LoopConfig = LoopConfig()
@@ -141,7 +141,7 @@ class SFTConfig(StageConfig):
     plateau: PlateauConfig = PlateauConfig()
     """When to stop early."""
     seed: int = 0
-    """Of the order of the data."""
+    """Seed of the order of the data."""
     mesh: MeshConfig = MeshConfig()
     """How devices share the work."""
     loop: LoopConfig = LoopConfig()

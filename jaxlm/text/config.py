@@ -29,7 +29,7 @@ class Source:
     """split train only: this share of its records, drawn by their place (rankings: by their prompt), is held out all
     the same, and is what evaluate reads of them."""
     language: str = ""
-    """Of its records, such as en: evaluate shows figures by language."""
+    """Language of its records, such as en: evaluate shows figures by language."""
     modules: tuple[str, ...] = ()
     """python only: what the function is given, names of modules such as json and numpy.linalg."""
     tfds_split: str = "train"

@@ -33,7 +33,7 @@ class TokenizerConfig(StageConfig):
     sample_bytes: int = 100 * 2**20
     """Bytes of train documents, chosen by the seed, to train on; and of each split to measure on."""
     seed: int = 0
-    """Of the choice of the sample."""
+    """Seed of the choice of the sample."""
 
     def __post_init__(self):
         check(bool(self.documents), "documents", "is empty; a prepare stage's folder is needed")

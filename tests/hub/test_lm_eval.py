@@ -79,9 +79,14 @@ def test_the_greedy_continuation_is_known_as_such(model):
 
 
 def test_whole_texts(model):
-    found = model.loglikelihood_rolling(asked(("A text.",), ("longer " * 30,)))
-    expected = [score.logprob for score in model.lm.score(["A text.", "longer " * 30])]
-    assert found == pytest.approx(expected)
+    """In windows of 64 tokens whose first one is context; the last window is full too."""
+    encode, bos = TOKENIZER.encode, TOKENIZER.bos_id
+    long = [bos, *encode("longer " * 20)]  # 141: 63 + 63 + 14 are scored
+    found = model.loglikelihood_rolling(asked(("A text.",), ("longer " * 20,), ("",)))
+    short = by_hand(model, [bos, *encode("A text.")], 7)[0]
+    windows = ((long[:64], 63), (long[63:127], 63), (long[77:141], 14))
+    assert found == pytest.approx([short, sum(by_hand(model, *window)[0] for window in windows), 0.0], abs=1e-4)
+    assert short == pytest.approx(model.lm.score(["A text."])[0].logprob)
 
 
 def test_generation_stops_where_it_is_told(model):
@@ -123,5 +128,5 @@ def test_what_does_not_fit_is_refused(model):
 def test_without_lm_eval_the_mend_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)  # importing it fails
     adapters.adapter.cache_clear()
-    with pytest.raises(UserError, match=r"lm_eval is not installed: pip install -e '.\[lm_eval\]'"):
+    with pytest.raises(UserError, match=r"lm_eval is not installed: pip install -e '.\[lm-eval\]'"):
         adapters.adapter()
