@@ -1,3 +1,3 @@
 """The one place of the version: pyproject.toml and the manifests read it here."""
 
-VERSION = "0.1.0.dev0"
+VERSION = "0.1.0"

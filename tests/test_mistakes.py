@@ -287,7 +287,7 @@ MISTAKES = {
     ),
     "an export without a verdict": Mistake(
         "export", "ExportConfig(model='model', output='out')", [], "model", "has no verdict of the gate",
-        "evaluate it with gate=default, or export it with --without_verdict=true", 3,
+        "evaluate it with a gate (default, or a file of thresholds), or export it with --without_verdict=true", 3,
     ),
 }  # fmt: skip
 

@@ -83,6 +83,8 @@ def parse(value: Mapping[str, Any], where: str = "") -> RankingRecord | Reason:
     pair = "completions" not in value and ("chosen" in value or "rejected" in value)
     try:
         _require_json(value)
+        if "completion" in value and "label" in value:
+            raise _Bad("judged_alone", "label: judges one answer; rankings or pairs of a prompt's answers are needed")
         return _from_pair(value, where) if pair else _from_ranking(value, where)
     except _Bad as bad:
         return Reason(bad.reason, bad=True, detail=bad.problem)
@@ -255,10 +257,13 @@ def _messages(value: Sequence[Any], at: str) -> tuple[Mapping[str, Any], ...]:
 def _from_pair(value: Mapping[str, Any], where: str) -> RankingRecord:
     """{"prompt" | "messages", "chosen", "rejected"}: strings, or lists of messages, an answer's with the prompt or not.
 
-    Without a "prompt_id" the prompt's own hash serves, so that all pairs of a prompt share one.
+    Without a "prompt_id" the prompt's own hash serves, so that all pairs of a prompt share one. Where neither stands,
+    the prompt is all of `chosen` but its last message.
     """
     if "messages" in value and "prompt" in value:
         raise _Bad("prompt_and_messages", "prompt: stands beside messages; one of the two is needed")
+    if "messages" not in value and "prompt" not in value and isinstance(value.get("chosen"), list):
+        value = {**value, "messages": value["chosen"][:-1]}
     name = "messages" if "messages" in value else "prompt"
     given = value.get(name)
     prompt = [{"role": "user", "content": given}] if isinstance(given, str) else _take(value, name, list, "")

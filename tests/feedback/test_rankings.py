@@ -16,6 +16,7 @@ from jaxlm.feedback import rankings
 from jaxlm.feedback.records import Annotation, RankingRecord, pairs_of, to_json
 from jaxlm.preference.records import read_records
 from jaxlm.reward.config import RankingSource
+from jaxlm.text.clean import Reason
 from jaxlm.text.config import SourceConfig
 from jaxlm.text.tally import rejects
 
@@ -293,3 +294,26 @@ def test_a_prompts_rankings_are_held_out_together(tmp_path):
     assert len(found["train"]) + len(found["heldout"]) == 100
     assert not train & heldout
     assert 5 <= len(heldout) <= 25  # 15, of a standard deviation of 3.2
+
+
+def test_a_pair_whose_prompt_is_in_its_answers():
+    """TRL calls it an implicit prompt."""
+    system = {"role": "system", "content": "Be brief."}
+    say = lambda text: {"role": "assistant", "content": text}
+    found = rankings.parse({"chosen": [system, USER, say("A program.")], "rejected": [system, USER, say("Why?")]})
+    assert isinstance(found, RankingRecord)
+    assert [dict(message) for message in found.messages] == [system, USER]
+    assert [completion.content for completion in found.completions] == ["A program.", "Why?"]
+    same = rankings.parse({"prompt": [system, USER], "chosen": "A program.", "rejected": "Why?"})
+    assert isinstance(same, RankingRecord)
+    assert found.prompt_id == same.prompt_id
+    for wrong, detail in (
+        ({"chosen": "Hi! A program.", "rejected": "Hi! Why?"}, "prompt: is missing"),
+        ({"chosen": [say("x")], "rejected": [say("y")]}, "messages: is empty"),
+        ({"chosen": [USER, say("x")], "rejected": [system, say("y")]}, "rejected: one message of the assistant"),
+        ({"prompt": "Hi", "completion": "A", "label": True}, "label: judges one answer; rankings or pairs"),
+    ):
+        reason = rankings.parse(wrong)
+        assert isinstance(reason, Reason)
+        assert reason.bad
+        assert reason.detail.startswith(detail)

@@ -125,7 +125,7 @@ def test_as_a_command(tool, small, monkeypatch, capsys):
     assert shown.index(" 8 answers") < shown.index(" 32 answers")
     for given, problem in {
         "--answers=12": "--answers: 12 are no multiple of grpo's 8 a prompt",
-        "--answers=40": "minibatch_answers: 32 does not divide a rollout of 40 answers",
+        "--answers=40": "minibatch_answers: 32 does not divide a rollout of 40 answers (prompts x samples)",
         "--repeats=0": "--repeats: got 0; 1 or more is needed",
         "--stage=pop": "--stage: the demo has no 'pop'; did you mean 'ppo'?",
     }.items():
