@@ -35,8 +35,10 @@ def head(folder: Path) -> dict[str, Any]:
     made_by = manifest or {"commit": manifests.commit(), "versions": manifests.versions()}
     summaries = manifest.get("facts", {}).get("stages", {})
     own = manifest.get("facts", {}).get("summary")
+    # A refused stage has no manifest: the next run stops there again.
+    refused = not (sections.optional_json(folder / "gate.json") or {"passed": True})["passed"]
     return {
-        "state": f"finished {manifest['created']}" if manifest else "unfinished",
+        "state": f"finished {manifest['created']}" if manifest else "refused by the gate" if refused else "unfinished",
         "commit": made_by.get("commit", ""),
         "versions": made_by.get("versions", {}),
         "table": summaries or ({folder.name: own} if own else {}),

@@ -182,10 +182,19 @@ def examples(folder: Path) -> Markup:
     for path in sorted(folder.glob("examples/*.jsonl")):
         records = [json.loads(line) for line in _lines(path)]
         fields = list(dict.fromkeys(field for record in records[:MOST_EXAMPLES] for field in record))
-        rows = [[_said(record.get(field, "")) for field in fields] for record in records[:MOST_EXAMPLES]]
+        rows = [[_cell(field, record.get(field)) for field in fields] for record in records[:MOST_EXAMPLES]]
         folded = Markup("<details><summary>{}: {} of {}</summary>{}</details>")
         parts.append(folded.format(path.stem, len(rows), len(records), table(fields, rows)))
     return Markup("").join(parts)
+
+
+def _cell(field: str, value: Any) -> Any:
+    """A value of an example: texts as they are, numbers short, lists with an item a line."""
+    if field == "where":
+        return str(value).rpartition("/")[2]
+    if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
+        return _said("\n".join(item if isinstance(item, str) else shown(round(item, 3)) for item in value))
+    return shown(value) if isinstance(value, bool | int | float) or value is None else _said(value)
 
 
 def _answer(record: Mapping[str, Any]) -> str:

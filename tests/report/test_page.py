@@ -211,6 +211,7 @@ def test_the_gate_names_its_reasons(policy):
     (policy / "gate.json").write_text(json.dumps({"passed": False, "reasons": ["safe: …"], "checks": checks}))
     text = text_of(policy)
     assert '<p class="bad">refused</p>' in text
+    assert ">refused by the gate" in text
     assert "safety.refusal is 0.300" in text
 
 
@@ -231,12 +232,15 @@ def test_results_are_figures_with_intervals_counts_and_what_is_missing(policy):
 
 def test_an_evaluations_examples_are_shown(policy):
     (policy / "examples").mkdir()
-    lines = [{"where": f"a.jsonl:{n}", "prompt": f"<{n}>?", "answer": "x", "correct": 0.5} for n in range(30)]
+    fields = {"answer": "x", "logprobs": [-1.23456789, -2.0], "choices": ["one", "two"], "correct": 0.5}
+    lines = [{"where": f"/mnt/data/a.jsonl:{n}", "prompt": f"<{n}>?"} | fields for n in range(30)]
     (policy / "examples/task-sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = text_of(policy)
     assert "task-sums: 12 of 30" in text
     assert "&lt;11&gt;?" in text
     assert "&lt;12&gt;?" not in text
+    for said in (">a.jsonl:3<", "-1.235\n-2<", ">one\ntwo<"):
+        assert said in text
 
 
 def test_what_a_stage_read_and_packed_itself_is_shown(policy):
