@@ -4,7 +4,9 @@
         --config.stages.prepare.sources.mine.path=book.txt
 
 A gap is asked for with ids, for the sentinels are no text (docs/recipes.md).
-Hardware: 2 CPU cores, 6 GiB.
+Hardware: 2 CPU cores, 6 GiB. Time and result: 6 minutes 45 s for 1.2 MB (the first of configs/demo.py's documents), on
+two busy cores; held out, as plain text, 1.684 bits a byte (xz -9: 2.484). configs/own_text.py came to 1.732 on the same
+text, one run each.
 """
 
 from jaxlm.data.config import MixtureSource, PackConfig
