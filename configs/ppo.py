@@ -4,7 +4,7 @@
         --config.model=/mnt/runs/assistant --config.reward_model=/mnt/runs/reward \\
         --config.sources.train.path=/mnt/prompts/train.jsonl --config.sources.heldout.path=/mnt/prompts/heldout.jsonl
 
-Hardware: TPU v5e-16 (mesh: all chips in fsdp); not yet run on one. Of two models of 1.2 billion parameters that learn
+Hardware: TPU v5e-16 (mesh: all chips in fsdp); not yet run on one. Of two models of 1.1 billion parameters that learn
 and two that stay, 2 GiB lie on each chip, and as much of a rollout's cache. Time: mostly of drawing, 512 answers of up
 to 512 tokens an iteration (rl/rollout_seconds). Expected: eval/reward rises from about 0; reward_kl.png says at what
 KL. Before believing it, look at completions.jsonl and at a `gold` score, and compare with the best of n answers at the

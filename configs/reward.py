@@ -5,7 +5,7 @@
         --config.sources.heldout.path='/mnt/rankings/heldout.jsonl'
 
 Hardware: TPU v5e-16 (mesh: all chips in fsdp); not yet run on one. Time, computed at 40 % of its peak for a model of
-1.2 billion parameters: 10 minutes for 50,000 prompts of four answers of 500 tokens. Result: /mnt/runs/reward/model and
+1.1 billion parameters: 10 minutes for 50,000 prompts of four answers of 500 tokens. Result: /mnt/runs/reward/model and
 the report beside it. No more is to be expected of eval/pair_accuracy than people agree among themselves: in
 arXiv:2203.02155 on 73 % of pairs, and the reward model with people it had not seen on 70 %.
 """

@@ -1,8 +1,10 @@
 """Every test runs on 8 simulated CPU devices: strict types, no rank promotion, shapes checked, warnings as errors."""
 
 import os
+import re
 import tempfile
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The suite's time is compiling: without LLVM's optimizations it takes half as long, and the numbers are as good.
@@ -53,6 +55,15 @@ def pytest_sessionfinish(session, exitstatus):
     if os.environ.get("JAXLM_ALL_INSTALLED") and skipped > MOST_SKIPPED:
         reporter.write_line(f"{skipped} tests were skipped, {MOST_SKIPPED} may be (tests/conftest.py)", red=True)
         session.exitstatus = 1
+
+
+@pytest.fixture
+def peak_growth():
+    """How many bytes the process's memory has peaked above where it stood when the test began."""
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is this test's own
+    peak = lambda: 1024 * int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+    before = peak()
+    return lambda: peak() - before
 
 
 def pytest_collection_modifyitems(items):

@@ -32,7 +32,7 @@ class PackConfig(StageConfig):
     rows_per_file: int = 65536
     """Rows an ArrayRecord file."""
     seed: int = 0
-    """Of the order of the rows."""
+    """Seed of the order of the rows."""
 
     def __post_init__(self):
         check(bool(self.documents), "documents", "is empty; a prepare stage's folder is needed")
@@ -70,7 +70,7 @@ class ChatRowsConfig:
     max_bad_share: float = 0.01
     """The stage refuses when more than this share of any source's records is bad."""
     seed: int = 0
-    """Of the order of the rows."""
+    """Seed of the order of the rows."""
 
     def __post_init__(self):
         check(self.max_record_bytes >= 1, "max_record_bytes", f"got {self.max_record_bytes}; at least 1 is needed")
@@ -91,7 +91,7 @@ class MixtureSource:
     """Rows drawn from here, in proportion to the other sources' weights; 0 leaves it out. A stopped run goes on with
     another weight from the step that it has reached."""
     name: str = ""
-    """By which --config.data.NAME.weight reaches it."""
+    """Name by which overrides reach it, such as --config.data.NAME.weight."""
     exclude: tuple[str, ...] = ()
     """Rows and documents to leave out, such as row:12 or document:345, as a bad step's blackbox/STEP/record.json names
     them: they become padding in their place, all else stays where it is. A stopped run goes on with others."""

@@ -111,7 +111,7 @@ class Piece:
         return own[(*rest, last)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.ascontiguousarray(self[()].astype(np.float32))
+        return self[()].astype(np.float32, order="C")
 
 
 @dataclasses.dataclass(frozen=True)

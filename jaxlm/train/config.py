@@ -81,7 +81,7 @@ class OptimizerConfig:
     """muon orthogonalises the momentum of the inner matrices, soap is Adam in an eigenbasis of their gradients
     (arXiv:2409.11321): embeddings, head and norms go to AdamW. lion (arXiv:2302.06675: a third to a tenth of AdamW's
     learning rate), adafactor (arXiv:1804.04235, section 4: of a matrix's second moment, rows and columns are kept; no
-    first moment; the learning rate is the schedule's) and sgd take all."""
+    first moment; the learning rate is the schedule's) and sgd are used for every weight."""
     b1: float = 0.9
     """Decay of the first moment of AdamW and SOAP, and of what Lion takes the sign of."""
     b2: float = 0.95

@@ -183,9 +183,11 @@ def write(
 
 def _finite(folder: epath.Path, tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[np.ndarray]:
     for name, value in tensors:
-        if not np.isfinite(value).all():
+        # A NaN is its array's least and greatest; a mask of all numbers would take a quarter of its memory.
+        if not (np.isfinite(value.min(initial=0)) and np.isfinite(value.max(initial=0))):
             raise Refused(f"{folder}: is not written; not finite: {name}")
         yield value
+        del value
 
 
 def read(folder: epath.PathLike, *, verify: bool = True, field: str = "", encoders: bool = False) -> ModelDirectory:

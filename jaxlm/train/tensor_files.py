@@ -70,6 +70,7 @@ def write(
                 if (array.dtype, array.shape) != (kind, shape):
                     raise ValueError(f"{name}: got {array.dtype}{array.shape}, declared {kind}{shape}")
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                del array  # the next one is made without it
         part.replace(path)
     except OSError as error:
         raise files.cannot_write(path, error) from error

@@ -344,7 +344,9 @@ def test_sources_of_objects(kind):
 def test_a_function_that_gives_no_texts_is_no_source_of_documents():
     source = SourceConfig(name="mine", format="python", path="jaxlm.demo.questions:chats", modules=SMALL)
     record = next(readers.read(source, max_bytes=2**20))
-    assert (record.outcome, record.where) == (Reason("no_text_field", bad=True), "jaxlm.demo.questions:chats:1")
+    detail = "has kind, messages, name, but no text; set text_field"
+    reason = Reason("no_text_field", bad=True, detail=detail)
+    assert (record.outcome, record.where) == (reason, "jaxlm.demo.questions:chats:1")
     assert "messages" in record.raw
     assert ChatSource(name="mine", format="python", path=source.path, modules=SMALL).split == "train"
     with pytest.raises(ConfigError, match="path: is empty; the format python"):
