@@ -97,8 +97,9 @@ def figure_at(results: Mapping[str, Any], path: str) -> tuple[dict[str, Any] | N
         part = max((name for name in names if f"{rest}.".startswith(f"{name}.")), key=len, default="")
         if not part or node[part] is None:
             first = rest.partition(".")[0]
-            beside = nearest(first, names) if names and first not in names else ""
-            return None, f"{at}{first} was not measured{beside}"
+            # Only a close name is a hint: what was not asked for has no neighbours that help.
+            beside = nearest(first, names) if first not in names else ""
+            return None, f"{at}{first} was not measured{beside if 'did you mean' in beside else ''}"
         node, rest, at = node[part], rest[len(part) + 1 :], f"{at}{part}."
         if isinstance(node, Mapping) and node.get("no_evidence"):
             return None, f"{at[:-1]}: {node['no_evidence']}"

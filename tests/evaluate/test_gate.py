@@ -231,6 +231,7 @@ def test_a_task_whose_name_has_a_dot_is_found_and_a_typing_error_is_told():
     )
     assert gate.figure_at(results, "task.arc.n")[1] == "task was not measured; did you mean 'tasks'?"
     assert gate.figure_at({}, "safety.refusal")[1] == "safety was not measured"
+    assert gate.figure_at(results, "ratings")[1] == "ratings was not measured"
 
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf])
