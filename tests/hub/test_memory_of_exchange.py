@@ -28,14 +28,20 @@ for layer in range(L):
     SHAPES |= {f"{at}mlp.down_proj.weight": (D, F)}
     SHAPES |= {f"{at}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
 
-# Its arguments, after what all imports take; prints how much higher the peak got, in bytes. getrusage's ru_maxrss would
-# not do: a process begins with that of the one that started it.
+# The process's peak in bytes. getrusage's ru_maxrss is the last resort: a process begins with that of the one that
+# started it.
+PEAK = r"""
+import pathlib, re, resource
+def peak():
+    told = re.findall(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())
+    return 1024 * int((told or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0])
+"""
+
+# Its arguments, after what all imports take; prints how much higher the peak got.
 CHILD = """
-import re, sys
-from pathlib import Path
+import sys
 import jaxlm.hub.importing, jaxlm.hub.export
 from jaxlm.__main__ import main
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 code = main(sys.argv[1:])
 print(code, peak() - before)
@@ -44,10 +50,9 @@ print(code, peak() - before)
 
 # Reads all tensors of a folder; prints how much more it took at its peak.
 READER = """
-import re, sys
+import sys
 from pathlib import Path
 from jaxlm.train import tensor_files
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 tensors = {}
 before = peak()
 for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
@@ -58,7 +63,7 @@ print(total, peak() - before)
 
 
 def peak_of(*arguments):
-    ran = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", PEAK + CHILD, *arguments], capture_output=True, text=True, check=True)
     code, peak = map(int, ran.stdout.split()[-2:])
     assert code == 0, ran.stderr
     return peak
@@ -69,7 +74,9 @@ def test_what_was_read_does_not_stay(tmp_path):
     for number in range(5):
         numbers = {f"{number}.{name}": np.ones((4096, 1024), np.float32) for name in range(8 if number else 4)}
         safetensors.numpy.save_file(numbers, tmp_path / f"model-{number}.safetensors")
-    ran = subprocess.run([sys.executable, "-c", READER, str(tmp_path)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK + READER, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     total, peak = map(int, ran.stdout.split())
     assert total == 36 * 2**24
     assert peak < 3 * 2**24
