@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxlm.base.config import default_of
+
 Role = Literal["trainer", "lead", "expert", "judge"]
 Status = Literal["draft", "submitted", "approved", "returned"]
 TRAINING: tuple[Status, ...] = ("submitted", "approved")
@@ -103,8 +105,7 @@ def to_json(item: Item) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for field in dataclasses.fields(item):
         value = getattr(item, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.name not in ("raw", "where") and (field.name in item.raw or value != default):
+        if field.name not in ("raw", "where") and (field.name in item.raw or value != default_of(field)):
             known[field.name] = _plain(value)
     return {name: known.get(name, value) for name, value in item.raw.items()} | known
 
