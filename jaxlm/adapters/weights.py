@@ -1,5 +1,6 @@
 """Adapters' numbers: how they begin, the keys of what is dropped, and the plain model that they make of their base."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,14 +16,14 @@ from jaxlm.model.weights import Definition, Params, Weight, initialize
 
 
 def require_targets(definition: Definition, config: LoRAConfig) -> None:
-    """Raises ConfigError for a target that names no matrix of attention or MLP; `definition`: of the plain model."""
+    """Raises ConfigError for a target that names no matrix that takes adapters; `definition`: of the plain model."""
     every = {w.name for _, w in definition if w.matrix and w.layers}
-    names = sorted(name for name in every if not name.startswith("layers/experts/"))
     for target in config.targets:
-        if any(lora.matches(target, name) for name in every) and not any(lora.matches(target, name) for name in names):
-            raise ConfigError("lora.targets", f"{target!r} are matrices of experts, which stay frozen without adapters")
-        if not any(lora.matches(target, name) for name in names):
-            known = [*names, *{name.rpartition("/")[2] for name in names}]
+        alone = dataclasses.replace(config, targets=(target,))
+        if not any(lora.takes(alone, name) for name in every):
+            if any(lora.matches(target, name) for name in every):
+                raise ConfigError("lora.targets", f"{target!r} names routers alone, which stay frozen")
+            known = [*every, *{name.rpartition("/")[2] for name in every}]
             raise ConfigError("lora.targets", f"{target!r} is no matrix of the layers{nearest(target, known)}")
 
 

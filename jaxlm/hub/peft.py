@@ -266,6 +266,9 @@ def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> di
     for name, value in model_directory.host_tensors(trained, params):
         whose, _, part = name.partition("_lora_")
         ours.setdefault(whose, {})[part] = np.asarray(value)
+    said = {name for tensor in known.values() for name, _ in tensor.parts}
+    if unsaid := sorted({_kind(name) for name in ours.keys() - said}):
+        raise UserError(f"adapters of {', '.join(unsaid)} have no form there")
     made = {}
     for module, tensor in known.items():
         held = [ours.get(name, {}) for name, _ in tensor.parts]

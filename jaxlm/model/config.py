@@ -319,10 +319,10 @@ class LoRAConfig:
     rank_stabilised: bool = False
     """scale = alpha / sqrt(rank) (arXiv:2312.03732)."""
     targets: tuple[str, ...] = ("layers/*",)
-    """Matrices of attention and MLP with adapters, by whole or last name, with wildcards: layers/attention/*, query.
-    Those of experts stay frozen."""
+    """Matrices of attention, MLP and experts with adapters, by whole or last name, with wildcards: layers/attention/*,
+    query, layers/experts/shared/*. Each expert has its own; routers stay frozen."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Share of an adapter's inputs that is dropped in training; 0 beside experts."""
     dora: bool = False
     """Learns the length of each column by itself, beside its direction (DoRA, arXiv:2402.09353)."""
     base: Base = "compute"

@@ -10,6 +10,7 @@ Padding (segment 0) is not routed and counts for nothing.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Bool, Float, Float32, Int
 from jaxlm.base.sharding import constrain, fitting_spec
-from jaxlm.model.config import ExpertsConfig, ModelConfig
+from jaxlm.model import lora
+from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig
 from jaxlm.model.layers import MLP, gated
 from jaxlm.model.weights import Constant, Normal, weight
 
@@ -39,8 +41,14 @@ class Routing(NamedTuple):
     """`[...]`: real tokens"""
 
 
+def _same(x: Array) -> Array:
+    return x
+
+
 class Experts(nnx.Module):
     """Σ weight_e down_e(act(gate_e(x)) * up_e(x)) over the chosen experts e, plus the shared ones' output."""
+
+    lora: LoRAConfig
 
     def __init__(self, config: ModelConfig):
         c = config.experts
@@ -105,8 +113,29 @@ class Experts(nnx.Module):
         return jnp.where(real[..., None], choices, c.count), c.scale * weights, routing
 
     def _kernels(self) -> dict[str, Array]:
-        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
+        """Matrices, biases, adapters and, of DoRA's, each column's magnitude over its norm, by name."""
+        names = ("gate", "up", "down")
+        own = [f"{name}{part}" for name in names for part in ("", "_bias", "_lora_a", "_lora_b")]
+        held = {name: getattr(self, name)[...] for name in own if hasattr(self, name)}
+        ratios = {f"{name}_lora_ratio": lora.ratio(self, name) for name in names}
+        return held | {name: ratio for name, ratio in ratios.items() if ratio is not None}
+
+    def _mlp(self, rows: Array, kernels: Any, product: Callable, spread: Callable, place: Callable = _same) -> Array:
+        """The experts' outputs for their rows, float32; `product` takes rows with matrices `[E, in, out]`, `spread`
+        brings `[E, out]` to the rows, `place` says where the inner ones lie."""
+        kind = precision.dtype(self.config.compute)
+
+        def times(rows: Array, name: str) -> Array:
+            out = product(rows.astype(kind), kernels[name].astype(kind))
+            a, b, ratio, bias = (kernels.get(f"{name}_{part}") for part in ("lora_a", "lora_b", "lora_ratio", "bias"))
+            if a is not None and b is not None:
+                low = product(rows.astype(kind), a.astype(kind)).astype(kind)
+                out = out + self.lora.scale * product(low, b.astype(kind))
+            out = out if ratio is None else out * spread(ratio)
+            return out if bias is None else out + spread(bias)
+
+        gate, up = (times(rows, name).astype(kind) for name in ("gate", "up"))
+        return times(place(gated(self.config.activation, gate, up)), "down")
 
     def _dropless(self, x: Array, choices: Array, weights: Array) -> Float[Array, "B S D"]:
         kernels = self._kernels()
@@ -115,9 +144,7 @@ class Experts(nnx.Module):
             return self._grouped(x, choices, weights, kernels, gather=False, split=False, inner=False)
         # The partitioner knows no grouped products: each device runs them on its own tokens and experts.
         rows = fitting_spec(mesh.shape, ("batch", "sequence", None), x.shape)
-        axes = {"gate": (None, "mlp"), "up": (None, "mlp"), "down": ("mlp", None)}
-        axes |= {"gate_bias": ("mlp",), "up_bias": ("mlp",), "down_bias": (None,)}
-        placed = {name: fitting_spec(mesh.shape, ("experts", *axes[name]), k.shape) for name, k in kernels.items()}
+        placed = {name: fitting_spec(mesh.shape, _axes(name), k.shape) for name, k in kernels.items()}
         experts = placed["up"][0] is not None
         whole = rows[0] is None  # every device has all rows already
         inner = placed["up"][2] is not None
@@ -145,22 +172,13 @@ class Experts(nnx.Module):
         # Copies first: a permutation's gradient is one too, and the same sum of k on every device and every time.
         copies = jnp.broadcast_to(x[:, :, None, :], (B, S, k, D)).reshape(-1, D)
         rows = jnp.where(mine, _permuted(copies, order), 0)
-        kind = precision.dtype(self.config.compute)
-
-        def product(rows: Array, name: str) -> Array:
-            out: Any = jax.lax.ragged_dot(
-                rows.astype(kind), kernels[name].astype(kind), sizes, preferred_element_type=jnp.float32
-            )
-            if f"{name}_bias" in kernels:
-                bias = jnp.matmul(
-                    member.astype(jnp.float32), kernels[f"{name}_bias"], precision=jax.lax.Precision.HIGHEST
-                )
-                first = jax.lax.axis_index("tensor") == 0 if inner and name == "down" else True
-                out = out + jnp.where(first, bias, 0.0)
-            return out
-
-        hidden = gated(self.config.activation, product(rows, "gate").astype(kind), product(rows, "up").astype(kind))
-        out = _permuted(jnp.where(mine, product(hidden, "down"), 0.0), jnp.argsort(order))
+        if inner and "down_bias" in kernels:  # on one of the devices whose parts are added up
+            first = jax.lax.axis_index("tensor") == 0
+            kernels = kernels | {"down_bias": jnp.where(first, kernels["down_bias"], 0.0)}
+        product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
+        spread = lambda each: jnp.matmul(member.astype(jnp.float32), each, precision=jax.lax.Precision.HIGHEST)
+        out = self._mlp(rows, kernels, product, spread)
+        out = _permuted(jnp.where(mine, out, 0.0), jnp.argsort(order))
         out = jnp.sum(weights[..., None] * out.reshape(B, S, k, D), axis=2)
         if inner:
             out = jax.lax.psum(out, "tensor")
@@ -168,7 +186,7 @@ class Experts(nnx.Module):
             out = jax.lax.psum_scatter(out, "expert", tiled=True)
         elif split:
             out = jax.lax.psum(out, "expert")
-        return out.astype(kind)
+        return out.astype(precision.dtype(self.config.compute))
 
     def _limited(self, x: Array, choices: Array, weights: Array) -> tuple[Float[Array, "B S D"], Float32[Array, ""]]:
         """Experts with C places in each row, and how many choices found none. Rows do not share places: so the result
@@ -185,21 +203,15 @@ class Experts(nnx.Module):
         holder = jax.vmap(lambda slot: nobody.at[slot].set(jnp.arange(S * k, dtype=jnp.int32), mode="drop"))(slot)
         rows = _rows(x, holder // k).reshape(B, E, C, D).swapaxes(0, 1)
         rows = constrain(rows, "experts", "expert_batch", None, None)
-        kernels, kind = self._kernels(), precision.dtype(self.config.compute)
-
-        def product(rows: Array, name: str) -> Array:
-            flat = rows.reshape(E, B * C, -1).astype(kind)
-            out = precision.product(flat, kernels[name].astype(kind))
-            if f"{name}_bias" in kernels:
-                out = out + kernels[f"{name}_bias"][:, None, :]
-            return out.reshape(E, B, C, -1)
-
-        hidden = gated(self.config.activation, product(rows, "gate").astype(kind), product(rows, "up").astype(kind))
-        hidden = constrain(hidden, "experts", "expert_batch", None, "activation_mlp")
-        out = constrain(product(hidden, "down"), "experts", "expert_batch", None, None)
+        flat = lambda rows: rows.reshape(E, B * C, -1)
+        product = lambda rows, kernel: precision.product(flat(rows), kernel).reshape(E, B, C, -1)
+        place = lambda hidden: constrain(hidden, "experts", "expert_batch", None, "activation_mlp")
+        out = self._mlp(rows, self._kernels(), product, lambda each: each[:, None, None, :], place)
+        out = constrain(out, "experts", "expert_batch", None, None)
         out = constrain(out.swapaxes(0, 1).reshape(B, E * C, D), "batch", None, None)
         out = jnp.sum(weights[..., None] * _rows(out, slot).reshape(B, S, k, D), axis=2)
-        return out.astype(kind), jnp.sum((chosen < E) & ~kept, dtype=jnp.int32).astype(jnp.float32)
+        dropped = jnp.sum((chosen < E) & ~kept, dtype=jnp.int32).astype(jnp.float32)
+        return out.astype(precision.dtype(self.config.compute)), dropped
 
 
 def _in_best_groups(scores: Float32[Array, "B S E"], c: ExpertsConfig) -> Float32[Array, "B S E"]:
@@ -210,6 +222,13 @@ def _in_best_groups(scores: Float32[Array, "B S E"], c: ExpertsConfig) -> Float3
     best = jax.lax.top_k(jnp.sum(jax.lax.top_k(grouped, c.group_best)[0], axis=-1), c.chosen_groups)[1]
     kept = jnp.any(best[..., None] == jnp.arange(c.groups)[None, None, None, :], axis=2)
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+def _axes(name: str) -> tuple[str | None, ...]:
+    """Where the dropless products want a matrix, or what belongs to it."""
+    rows, columns = ("mlp", None) if name.startswith("down") else (None, "mlp")
+    ends = {"lora_a": (rows, None), "lora_b": (None, columns)}
+    return ("experts", *ends.get(name.partition("_")[2], (rows, columns) if "_" not in name else (columns,)))
 
 
 def _permuted(x: Float[Array, "M D"], order: Int[Array, "M"]) -> Float[Array, "M D"]:

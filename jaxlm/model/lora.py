@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Float, Float32
+from jaxlm.base.errors import ConfigError
 from jaxlm.model import quantised
 from jaxlm.model.config import LoRAConfig
 from jaxlm.model.weights import Constant, Definition, Normal, Params, Weight, weight
@@ -25,24 +26,28 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def declare(part: Any, name: str, lora: LoRAConfig) -> None:
-    """Declares the adapters of a part of a block, of `name` such as layers/attention."""
+    """Declares the adapters of a part of a block, of `name` such as layers/attention; those of experts, whose matrices
+    are `[E, in, out]`, for each expert its own."""
     for own, value in list(vars(part).items()):
         if not isinstance(value, nnx.Param) or not value.get_metadata()["matrix"] or not takes(lora, f"{name}/{own}"):
             continue
-        (D, F), (rows, columns) = value.get_value().shape, value.get_metadata()["axes"]
+        (*E, D, F), (*e, rows, columns) = value.get_value().shape, value.get_metadata()["axes"]
+        if E and lora.dropout:  # a mask would have to follow its tokens to the experts' devices; peft takes none either
+            raise ConfigError("lora.dropout", f"adapters of experts ({name}/{own}) take none; set 0, or other targets")
         # As peft: uniform numbers up to D^-1/2 have this deviation. B is 0, so that training begins at the base.
-        setattr(part, f"{own}_lora_a", weight((D, lora.rank), (rows, "rank"), Normal((3 * D) ** -0.5), matrix=True))
-        setattr(part, f"{own}_lora_b", weight((lora.rank, F), ("rank", columns), Constant(0.0), matrix=True))
+        a, b = Normal((3 * D) ** -0.5), Constant(0.0)
+        setattr(part, f"{own}_lora_a", weight((*E, D, lora.rank), (*e, rows, "rank"), a, matrix=True))
+        setattr(part, f"{own}_lora_b", weight((*E, lora.rank, F), (*e, "rank", columns), b, matrix=True))
         if lora.dora:
-            setattr(part, f"{own}_lora_magnitude", weight((F,), (columns,), Constant(1.0)))
+            setattr(part, f"{own}_lora_magnitude", weight((*E, F), (*e, columns), Constant(1.0)))
         if lora.dropout:
             setattr(part, f"{own}_lora_key", weight((2,), ("key",), Constant(0), kind=jnp.uint32))
     part.lora = lora
 
 
 def takes(lora: LoRAConfig, name: str) -> bool:
-    """Whether the matrix of that name, such as layers/attention/query, gets adapters."""
-    return any(matches(target, name) for target in lora.targets)
+    """Whether the matrix of that name, such as layers/attention/query, gets adapters; a router's never."""
+    return not name.endswith("/router") and any(matches(target, name) for target in lora.targets)
 
 
 def matches(target: str, name: str) -> bool:
@@ -82,14 +87,21 @@ def added(
         bits = jax.random.wrap_key_data(key[...], impl="threefry2x32")
         x = jnp.where(jax.random.bernoulli(bits, 1 - lora.dropout, x.shape), x / (1 - lora.dropout), jnp.zeros_like(x))
     low = lora.scale * precision.matmul(precision.matmul(x, a[...], compute), b[...], compute, wide=True)
-    if not lora.dora:
+    columns = ratio(module, name)
+    if columns is None:
         return low
-    norms = column_norms(quantised.kernel(module, name), a[...], b[...], lora.scale)
-    ratio = getattr(module, f"{name}_lora_magnitude")[...] / norms
     if key is not None:  # peft's form: the change of the magnitude sees the dropped inputs too
         product = quantised.times(module, name, x, compute)
-    ratio = ratio[None, None, :]
-    return (ratio - 1) * product + ratio * low
+    columns = columns[None, None, :]
+    return (columns - 1) * product + columns * low
+
+
+def ratio(module: Any, name: str) -> Float32[Array, "*E F"] | None:
+    """DoRA's magnitude of each column of `name` over the column's norm; None without."""
+    a, b, magnitude = (getattr(module, f"{name}_lora_{part}", None) for part in ("a", "b", "magnitude"))
+    if a is None or b is None or magnitude is None:
+        return None
+    return magnitude[...] / column_norms(quantised.kernel(module, name), a[...], b[...], module.lora.scale)
 
 
 def column_norms(

@@ -101,11 +101,13 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(config)
         if isinstance(config, AdaptedConfig):
-            parts = {"attention": self.attention} | ({} if config.has_experts(layer) else {"mlp": self.mlp})
+            parts: dict[str, Any] = {name: getattr(self, name, None) for name in ("attention", "mlp", "experts")}
+            parts["experts/shared"] = getattr(parts["experts"], "shared", None)
             for name, part in parts.items():
-                if config.adapters:
+                if part is not None and config.adapters:
                     lora.declare(part, f"layers/{name}", config.lora)
-                quantised.declare(part, config.lora.base)
+                if part is not None and "experts" not in name:
+                    quantised.declare(part, config.lora.base)
         self.kind, self.place, self.parallel = kind, config.norm_place, config.parallel_mlp
 
     def __call__(

@@ -13,6 +13,7 @@ from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.logging import logger
 from jaxlm.data import chats
 from jaxlm.data.config import ChatSource
+from jaxlm.rl.config import RLConfig
 from jaxlm.text import readers, tally
 from jaxlm.text.clean import Reason
 from jaxlm.text.config import Split
@@ -77,6 +78,20 @@ def read(
         raise UserError(f"sources: no prompt is left; dropped {dropped}")
     logger.info("%d prompts%s", len(prompts), f", dropped {dropped}" if dropped else "")
     return prompts
+
+
+def read_splits(
+    config: RLConfig, template: ChatTemplate | None, encode: Callable[[str], list[int]]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and the held-out ones, as many of these as the config wants."""
+    limits = config.max_prompt_tokens, config.workdir
+    asked = read(config.sources, "train", template, encode, *limits)
+    heldout: list[Prompt] = []
+    if any("heldout" in source.splits for source in config.sources):
+        heldout = read(config.sources, "heldout", template, encode, *limits)[: config.heldout_prompts or None]
+    if both := len({prompt.ids for prompt in asked} & {prompt.ids for prompt in heldout}):
+        logger.warning("%d of %d held-out prompts are trained on too", both, len(heldout))
+    return asked, heldout
 
 
 def _prompt(

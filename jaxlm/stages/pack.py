@@ -129,14 +129,8 @@ def _pack_split(config: PackConfig, tokenizer: Tokenizer, part: Split, total: in
         seed=config.seed,
     )
     counts.rows, counts.tokens, counts.target_tokens = written
-    logging.logger.info(
-        "pack: %s: %d documents (%d split, %d dropped) in %d rows",
-        part,
-        counts.documents,
-        counts.split_documents,
-        counts.dropped_documents,
-        counts.rows,
-    )
+    told = counts.documents, counts.split_documents, counts.dropped_documents, counts.rows
+    logging.logger.info("pack: %s: %d documents (%d split, %d dropped) in %d rows", part, *told)
     return counts
 
 

@@ -24,7 +24,6 @@ from jaxlm.adapters.training import Tuned, first_adapters
 from jaxlm.adapters.weights import require_targets
 from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
-from jaxlm.base.logging import logger
 from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model
 from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
@@ -271,13 +270,7 @@ def main(config: RLConfig) -> dict[str, Any]:
         shape = directories.policy.config
         template = directories.policy.chat_template()
         sampler = sampler_of(config, directories.policy)
-        limits = config.max_prompt_tokens, config.workdir
-        read = lambda split: prompts.read(config.sources, split, template, sampler.encode, *limits)
-        asked = read("train")
-        heldout = read("heldout") if any("heldout" in s.splits for s in config.sources) else []
-        heldout = heldout[: config.heldout_prompts or None]
-        if both := len({prompt.ids for prompt in asked} & {prompt.ids for prompt in heldout}):
-            logger.warning("%d of %d held-out prompts are trained on too", both, len(heldout))
+        asked, heldout = prompts.read_splits(config, template, sampler.encode)
         models = define_models(config, directories, mesh)
         S = row_length(config, shape, mesh)
         frozen = load_frozen(directories, models, abstract_batch(config, models, mesh, S)["frozen"])

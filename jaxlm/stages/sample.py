@@ -22,7 +22,7 @@ from etils import epath
 from jaxlm.base import config as configs
 from jaxlm.base import files, logging, manifest, sharding
 from jaxlm.base.errors import ConfigError, UserError
-from jaxlm.hub.find import find_model
+from jaxlm.hub.find import find_model, inputs_of
 from jaxlm.hub.language_model import load
 from jaxlm.hub.prompts import conversation, read_prompts
 from jaxlm.sample.config import SampleConfig
@@ -37,8 +37,7 @@ def validate(config: SampleConfig, device_count: int) -> None:
 
 def inputs(config: SampleConfig) -> dict[str, str]:
     """What the stage reads → a hash of each."""
-    model = find_model(config.model, "model")
-    read = {str(model): manifest.read(model).hash}
+    read = inputs_of(config.model, "", ())
     if config.prompts_file:
         if not epath.Path(config.prompts_file).exists():
             raise UserError(f"prompts_file: no such file: {config.prompts_file}")

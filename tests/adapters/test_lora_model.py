@@ -28,10 +28,19 @@ SHAPE = ModelConfig(
     compute="float32",
 ).complete()
 IDS = jax.random.randint(jax.random.key(0), (2, 9), 0, 37)
+# A first dense layer, two with four experts and a shared one.
+MIXTURE = dataclasses.replace(
+    SHAPE,
+    biases=("qkv", "mlp"),
+    pattern=("global",),
+    experts=ExpertsConfig(count=4, chosen=2, feed_forward=8, shared=1, first_dense=1),
+).complete()
 KINDS = {
-    "lora": LoRAConfig(rank=3, alpha=7.0),
-    "dora": LoRAConfig(rank=3, alpha=7.0, dora=True),
-    "stabilised": LoRAConfig(rank=3, alpha=7.0, rank_stabilised=True, targets=("query", "layers/mlp/*")),
+    "lora": (SHAPE, LoRAConfig(rank=3, alpha=7.0)),
+    "dora": (SHAPE, LoRAConfig(rank=3, alpha=7.0, dora=True)),
+    "stabilised": (SHAPE, LoRAConfig(rank=3, alpha=7.0, rank_stabilised=True, targets=("query", "layers/mlp/*"))),
+    "experts": (MIXTURE, LoRAConfig(rank=3, alpha=7.0, dora=True)),
+    "experts, up": (MIXTURE, LoRAConfig(rank=3, alpha=7.0, targets=("layers/experts/up", "value"))),
 }
 
 
@@ -54,20 +63,23 @@ def moved(definition, base):
     return jax.tree_util.tree_map_with_path(noise, params)
 
 
-@pytest.fixture(params=["lora", "dora", pytest.param("stabilised", marks=pytest.mark.slow)])
+SLOW = ("stabilised", "experts, up")
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def made(request):
-    config = KINDS[request.param]
-    definition = define_model(adapted(SHAPE, config))
-    base = initialize(define_model(SHAPE), 1)
-    return config, definition, base, moved(definition, base)
+    shape, config = KINDS[request.param]
+    definition = define_model(adapted(shape, config))
+    base = initialize(define_model(shape), 1)
+    return shape, config, definition, base, moved(definition, base)
 
 
 def test_adapters_begin_as_nothing_and_leave_the_base_its_numbers(made):
-    config, definition, base, _ = made
+    shape, config, definition, base, _ = made
     every = initialize(definition, 1)
-    jax.tree.map(np.testing.assert_array_equal, lora.part_of(define_model(SHAPE), every), base)
+    jax.tree.map(np.testing.assert_array_equal, lora.part_of(define_model(shape), every), base)
     begun = lora.joined(every, weights.with_magnitudes(lora.part_of(definition.part(lora.is_adapter), every), base))
-    plain = hidden(define_model(SHAPE), base)
+    plain = hidden(define_model(shape), base)
     if config.dora:  # m and |W| are the same sum, rounded by two programs
         np.testing.assert_allclose(hidden(definition, begun), plain, atol=1e-5)
     else:
@@ -75,12 +87,12 @@ def test_adapters_begin_as_nothing_and_leave_the_base_its_numbers(made):
 
 
 def test_merged_is_unmerged(made):
-    config, definition, base, params = made
+    shape, config, definition, base, params = made
     both = lora.joined(base, params)
     merged = weights.merged(both, config)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    np.testing.assert_allclose(hidden(define_model(SHAPE), merged), hidden(definition, both), atol=1e-5)
-    assert np.abs(hidden(definition, both) - hidden(define_model(SHAPE), base)).max() > 0.05
+    np.testing.assert_allclose(hidden(define_model(shape), merged), hidden(definition, both), atol=1e-5)
+    assert np.abs(hidden(definition, both) - hidden(define_model(shape), base)).max() > 0.05
 
 
 def plain_matrix(config, kernel, a, b, magnitude):
@@ -92,7 +104,7 @@ def plain_matrix(config, kernel, a, b, magnitude):
 
 
 def test_gradients_are_those_of_the_plain_formula(made):
-    config, definition, base, params = made
+    shape, config, definition, base, params = made
 
     def written_out(params, node=None):
         node = base if node is None else node
@@ -108,27 +120,27 @@ def test_gradients_are_those_of_the_plain_formula(made):
         return put
 
     gradients = jax.grad(lambda p: loss(definition, lora.joined(base, p)))(params)
-    plain = jax.grad(lambda p: loss(define_model(SHAPE), written_out(p)))(params)
+    plain = jax.grad(lambda p: loss(define_model(shape), written_out(p)))(params)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradients, plain)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
 
 
 def test_stacked_is_unrolled(made):
-    config, definition, base, params = made
+    shape, config, definition, base, params = made
     both = lora.joined(base, params)
-    flat = dataclasses.replace(SHAPE, scan_layers=False)
+    flat = dataclasses.replace(shape, scan_layers=False)
     single = define_model(adapted(flat, config))
-    np.testing.assert_allclose(hidden(single, layout.unroll(both, SHAPE)), hidden(definition, both), atol=1e-5)
-    assert jax.tree.structure(layout.stack(layout.unroll(params, SHAPE), SHAPE)) == jax.tree.structure(params)
+    np.testing.assert_allclose(hidden(single, layout.unroll(both, shape)), hidden(definition, both), atol=1e-5)
+    assert jax.tree.structure(layout.stack(layout.unroll(params, shape), shape)) == jax.tree.structure(params)
 
 
 def test_cached_decoding_is_the_full_forward(made):
     from jaxlm.model.transformer import empty_cache
 
-    config, definition, base, params = made
-    inference, single = for_inference(adapted(SHAPE, config))
-    both = layout.unroll(lora.joined(base, params), SHAPE)
+    shape, config, definition, base, params = made
+    inference, single = for_inference(adapted(shape, config))
+    both = layout.unroll(lora.joined(base, params), shape)
     cache, steps = empty_cache(inference, 2, 9), []
     step = jax.jit(lambda c, t, p: apply(single, both, lambda m: m(t, jnp.ones_like(p), p, c)))
     for at in range(9):
@@ -170,13 +182,27 @@ def test_targets_that_match_nothing_are_named():
         weights.require_targets(definition, LoRAConfig(targets=("up", "quary")))
     with pytest.raises(ConfigError, match=r"'embedding' is no matrix of the layers"):
         weights.require_targets(definition, LoRAConfig(targets=("embedding",)))
-    mixture = define_model(dataclasses.replace(SHAPE, experts=ExpertsConfig(count=4, chosen=2, feed_forward=8)))
-    for target in ("up", "layers/experts/*"):  # taken for targets, they would leave a model without adapters
-        with pytest.raises(ConfigError, match=r"lora.targets: '.*' are matrices of experts, which stay frozen"):
-            weights.require_targets(mixture, LoRAConfig(targets=("query", target)))
-    weights.require_targets(mixture, LoRAConfig())
+    mixture = define_model(MIXTURE)
+    with pytest.raises(ConfigError, match=r"lora.targets: 'rout\*' names routers alone, which stay frozen"):
+        weights.require_targets(mixture, LoRAConfig(targets=("query", "rout*")))
+    with pytest.raises(
+        ConfigError, match=r"lora.dropout: adapters of experts \(layers/experts/gate\) take none; set 0"
+    ):
+        define_model(adapted(MIXTURE, LoRAConfig(dropout=0.1)))
+    attention_alone = LoRAConfig(dropout=0.1, targets=("layers/attention/*", "layers/experts/shared/*"))
+    weights.require_targets(mixture, attention_alone)
     with pytest.raises(ConfigError, match="rank: got 0; 1 or more is needed"):
         LoRAConfig(rank=0)
     weights.require_targets(definition, LoRAConfig(targets=("layers/attention/*", "u?")))
     names = {w.name for _, w in define_model(adapted(SHAPE, LoRAConfig(targets=("value",)))) if lora.is_adapter(w)}
     assert names == {"layers/attention/value_lora_a", "layers/attention/value_lora_b"}
+    experts = {
+        w.name for _, w in define_model(adapted(MIXTURE, LoRAConfig())) if lora.is_adapter(w) and "exp" in w.name
+    }
+    matrices = ("gate", "up", "down", "shared/gate", "shared/up", "shared/down")
+    assert experts == {f"layers/experts/{name}_lora_{part}" for name in matrices for part in "ab"}
+    assert {w.name for _, w in define_model(adapted(MIXTURE, attention_alone)) if w.name.endswith("key")} == {
+        *(f"layers/attention/{name}_lora_key" for name in ("query", "key", "value", "output")),
+        *(f"layers/experts/shared/{name}_lora_key" for name in ("gate", "up", "down")),
+        "layers/attention/key",
+    }

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.adapters.weights import merged
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import make_mesh
-from jaxlm.model import layout
-from jaxlm.model.config import ExpertsConfig, ModelConfig
+from jaxlm.model import layout, lora
+from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig
 from jaxlm.model.experts import Experts
 from jaxlm.model.transformer import define_model, empty_cache, for_inference
 from jaxlm.model.weights import apply, define, initialize
@@ -31,13 +32,16 @@ VARIANTS = {
 }
 
 
-def made(name, **fields):
+def made(name, adapters=None, **fields):
     kind = ExpertsConfig(**{"count": E, "chosen": K} | VARIANTS[name] | fields)
     config = dataclasses.replace(BASE, experts=kind)
     if "biases" in name:
         config = dataclasses.replace(config, activation="clamped", biases=("mlp", "router"))
     config = config.complete()
-    definition = define(Experts(config), "float32")
+    experts = Experts(config)
+    if adapters is not None:
+        lora.declare(experts, "layers/experts", adapters)
+    definition = define(experts, "float32")
     params = initialize(definition, 0)
     # Biases begin at 0, and scores are near one another: neither would be seen.
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
@@ -103,6 +107,15 @@ def test_dropless_is_a_dense_computation_over_all_experts(name):
         assert float(jnp.sum(routing.shares)) == pytest.approx(15)
 
 
+def test_adapters_of_experts_are_the_experts_merged_in_both_ways():
+    adapters = LoRAConfig(rank=3, alpha=7.0, dora=True)
+    for capacity in (0.0, float(E)):
+        _, definition, params = made("clamped, biases", adapters, capacity=capacity)
+        _, plain, _ = made("clamped, biases", capacity=capacity)
+        out, _ = run(definition, params, *inputs())
+        np.testing.assert_allclose(out, run(plain, merged(params, adapters), *inputs())[0], atol=1e-4)
+
+
 def test_the_first_tokens_take_the_places_and_the_rest_is_dropped():
     """Capacity 1 of 4 experts, 2 of them chosen, by 6 tokens that all choose alike: 3 places each, 3 tokens without."""
     _, definition, params = made("softmax", capacity=1.0)
@@ -150,16 +163,16 @@ MESHES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "capacity", "mesh"),
+    ("name", "capacity", "mesh", "adapters"),
     [
-        ("clamped, biases", 0.0, MESHES[0]),
-        ("sigmoid, shared", 0.0, MESHES[1]),
-        ("softmax", 1.0, MESHES[2]),
+        ("clamped, biases", 0.0, MESHES[0], LoRAConfig(rank=3, dora=True)),
+        ("sigmoid, shared", 0.0, MESHES[1], None),
+        ("softmax", 1.0, MESHES[2], LoRAConfig(rank=3, dora=True)),
     ],
 )
-def test_eight_devices_equal_one(name, capacity, mesh):
+def test_eight_devices_equal_one(name, capacity, mesh, adapters):
     """Results, sums and gradients."""
-    _, definition, params = made(name, capacity=capacity)
+    _, definition, params = made(name, adapters, capacity=capacity)
     x, real = inputs()
 
     def loss(params, x):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,7 +22,7 @@ def written(path: Path, records: Iterable) -> str:
     return str(path)
 
 
-def pretrained(rows: str, workdir: Path, *, steps: int, layers: int = 1) -> str:
+def pretrained(rows: str, workdir: Path, *, steps: int, layers: int = 1, **model: Any) -> str:
     """The workdir of a model of width 32 that read bytes for some steps."""
     from jaxlm.data.config import MixtureSource
     from jaxlm.model.config import ModelConfig
@@ -32,7 +33,7 @@ def pretrained(rows: str, workdir: Path, *, steps: int, layers: int = 1) -> str:
     config = PretrainConfig(
         workdir=str(workdir),
         data=(MixtureSource(path=rows),),
-        model=ModelConfig(vocab_size=288, layers=layers, width=32, heads=2, compute="float32"),
+        model=ModelConfig(vocab_size=288, layers=layers, width=32, heads=2, compute="float32", **model),
         batch_rows=8,
         steps=steps,
         schedule=ScheduleConfig(peak=1e-2, warmup_steps=max(1, steps // 12)),

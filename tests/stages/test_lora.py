@@ -13,7 +13,7 @@ from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.data.config import ChatSource
 from jaxlm.model import quantised
-from jaxlm.model.config import LoRAConfig
+from jaxlm.model.config import ExpertsConfig, LoRAConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.stages import sft
 from jaxlm.stages.config import SFTConfig
@@ -105,6 +105,25 @@ def test_only_adapters_are_kept_and_the_model_is_the_merged_one(config, base):
     for name in ("embedding", "head"):
         np.testing.assert_array_equal(after[name], before[name])
     np.testing.assert_array_equal(after["stack"]["0"]["mlp_norm"]["scale"], before["stack"]["0"]["mlp_norm"]["scale"])
+
+
+@pytest.mark.slow
+def test_experts_have_adapters_of_their_own_and_the_model_is_the_merged_one(config, packed_rows, tmp_path):
+    experts = ExpertsConfig(count=4, chosen=2, feed_forward=16, shared=1)
+    base = pretrained(packed_rows, tmp_path / "base", steps=4, layers=2, experts=experts)
+    sft.main(dataclasses.replace(config, model=base, lora=LoRAConfig(rank=4, dora=True)))
+    kept = arrays_of(config.workdir, 3)
+    assert kept["params/stack/0/experts/up_lora_a"].shape == (2, 4, 32, 4)
+    assert not any("router" in name for name in kept if name.startswith("params/"))
+    before, after = (params_of(f"{folder}/model")["stack"]["0"]["experts"] for folder in (base, config.workdir))
+    for name in ("gate", "up", "down"):
+        a, b, magnitude = (kept[f"ema/stack/0/experts/{name}_lora_{part}"] for part in ("a", "b", "magnitude"))
+        whole = before[name] + LoRAConfig(rank=4).scale * np.einsum("ledr,lerf->ledf", a, b)
+        whole *= (magnitude / np.linalg.norm(whole, axis=-2))[..., None, :]
+        np.testing.assert_allclose(after[name], whole, atol=1e-5)
+        assert np.abs(after[name] - before[name]).max(axis=(0, 2, 3)).min() > 1e-5, "each expert learned"
+    np.testing.assert_array_equal(after["router"], before["router"])
+    assert np.abs(np.asarray(after["shared"]["up"]) - before["shared"]["up"]).max() > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
