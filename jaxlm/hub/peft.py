@@ -8,6 +8,7 @@ from module to module stand in rank_pattern. Whatever else changes the product i
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from etils import epath
 from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
-from jaxlm.hub import families
+from jaxlm.hub import families, peft_experts
 from jaxlm.hub.family import Family
 from jaxlm.hub.hugging_face import TYPES, Tensor, outputs, split, tensors_of
 from jaxlm.model.config import LoRAConfig, ModelConfig
@@ -55,7 +56,8 @@ class Adapter:
 
     lora: LoRAConfig
     tensors: Mapping[str, Mapping[str, np.ndarray]]
-    """Our name of a matrix, such as layers.0.attention.query → float32 "a" [in, r], "b" [r, out], "magnitude" [out]."""
+    """Our name of a matrix, such as layers.0.attention.query → float32 "a" [in, r], "b" [r, out], "magnitude" [out]; of
+    experts with the axis E in front."""
 
     def params(self) -> Params:
         """As a model with unrolled layers has them."""
@@ -82,7 +84,7 @@ class Merged:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = np.asarray(self.kernel) + np.float32(self.scale) * (self.parts["a"] @ self.parts["b"])
         if "magnitude" in self.parts:
-            whole *= (self.parts["magnitude"] / np.linalg.norm(whole, axis=0))[None, :]
+            whole *= (self.parts["magnitude"] / np.linalg.norm(whole, axis=-2))[..., None, :]
         return whole
 
 
@@ -93,11 +95,11 @@ def family_of(base: model_directory.ModelDirectory) -> Family:
 
 
 def modules(family: Family, config: ModelConfig) -> dict[str, Tensor]:
-    """Their module → its matrix, those of the layers that adapters can lie beside."""
+    """Their module (or parameter, of experts) → its matrix, those of the layers that adapters can lie beside."""
     weights = [w for _, w in for_inference(config)[1] if w.matrix and w.layers and "experts" not in w.axes]
     ours = {name for w in weights for name, _ in model_directory.tensor_shapes(w)}
     tensors = [tensor for tensor in tensors_of(family, config) if tensor.parts[0][0] in ours]
-    return {tensor.name.removesuffix(".weight"): tensor for tensor in tensors}
+    return {tensor.name.removesuffix(".weight"): tensor for tensor in tensors} | peft_experts.parameters(family, config)
 
 
 def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter:
@@ -116,23 +118,25 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
     tensors: dict[str, dict[str, np.ndarray]] = {}
     ranks: dict[str, LoRAConfig] = {}
     known = modules(family, config)
-    for module, tensor in known.items():
+    adapted = _parameters(values, known, str(where))
+    one_by_one: dict[str, list[dict[str, np.ndarray]]] = {}
+    for module, tensor in (known | peft_experts.one_by_one(family, config)).items():
+        if peft_experts.is_parameter(module) and module not in adapted:
+            continue
         own = dataclasses.replace(lora, **_own(values, module, str(where)))
-        shape = (tensor.parts[0][1][0], sum(shape[-1] for _, shape in tensor.parts))
-        parts = {}
-        for part, theirs in PARTS.items():
-            value = given.pop(f"{PREFIX}{module}.{theirs}", None)
-            if value is None and part == "magnitude":
-                value = given.pop(f"{PREFIX}{module}.{theirs}.weight", None)
-            if value is not None:
-                parts[part] = _checked(f"{module}.{theirs}", value, part, shape, own.rank, str(folder))
-        if parts and set(parts) != ({"a", "b", "magnitude"} if lora.dora else {"a", "b"}):
-            raise UserError(f"{folder}/{TENSORS}: {module} has only {', '.join(PARTS[part] for part in parts)}")
-        if parts:
-            cut = {part: split(tensor, value) for part, value in parts.items() if part != "a"}
-            for number, (name, _) in enumerate(tensor.parts):
-                ranks[name] = own
-                tensors[name] = {"a": parts["a"]} | {part: pieces[number] for part, pieces in cut.items()}
+        parts = _taken(given, peft_experts.where(module, adapted), tensor, own, f"{folder}/{TENSORS}")
+        if not parts:
+            continue
+        cut = {part: split(tensor, value) for part, value in parts.items() if part != "a"}
+        for number, (name, _) in enumerate(tensor.parts):
+            if ranks.setdefault(name, own) != own:
+                raise UserError(
+                    f"{where}: {name} has adapters of several ranks or scales; one for all experts is needed"
+                )
+            tensors[name] = {"a": parts["a"]} | {part: pieces[number] for part, pieces in cut.items()}
+            if tensor.expert >= 0:
+                one_by_one.setdefault(name, []).append(tensors[name])
+    tensors |= peft_experts.stacked(one_by_one, config.experts.count, str(folder))
     if given:
         raise UserError(
             f"{folder}/{TENSORS}: is not understood for a {family.model_type} base: {', '.join([*given][:8])}"
@@ -148,6 +152,24 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
     return _of_one_rank(dataclasses.replace(lora, targets=tuple(kinds)), tensors, ranks)
 
 
+def _taken(
+    given: dict[str, np.ndarray], module: str, tensor: Tensor, lora: LoRAConfig, where: str
+) -> dict[str, np.ndarray]:
+    """The adapter that stands under a module's name, taken out of what is given; {} where there is none."""
+    shape = (*tensor.parts[0][1][:-1], sum(shape[-1] for _, shape in tensor.parts))
+    parts = {}
+    for part, theirs in PARTS.items():
+        name = f"{module}.{theirs}"
+        value = given.pop(PREFIX + name, None)
+        if value is None and part == "magnitude":
+            value = given.pop(f"{PREFIX}{name}.weight", None)
+        if value is not None:
+            parts[part] = _checked(name, value, part, shape, lora.rank, where)
+    if parts and set(parts) != ({"a", "b", "magnitude"} if lora.dora else {"a", "b"}):
+        raise UserError(f"{where}: {module} has only {', '.join(PARTS[part] for part in parts)}")
+    return parts
+
+
 def _kind(name: str) -> str:
     """The name of a matrix in all layers: layers/attention/query of layers.3.attention.query."""
     return "/".join(("layers", *name.split(".")[2:]))
@@ -159,9 +181,20 @@ def _of_one_rank(lora: LoRAConfig, tensors: dict[str, dict[str, np.ndarray]], ra
     for name, own in ranks.items():
         if own != largest:
             parts, room = tensors[name], largest.rank - own.rank
-            parts["a"] = np.pad(parts["a"], ((0, 0), (0, room)))
-            parts["b"] = np.pad(parts["b"] * np.float32(own.scale / largest.scale), ((0, room), (0, 0)))
+            each = [(0, 0)] * (parts["a"].ndim - 2)
+            parts["a"] = np.pad(parts["a"], (*each, (0, 0), (0, room)))
+            parts["b"] = np.pad(parts["b"] * np.float32(own.scale / largest.scale), (*each, (0, room), (0, 0)))
     return Adapter(dataclasses.replace(lora, rank=largest.rank, alpha=largest.alpha), tensors)
+
+
+def _parameters(values: dict[str, Any], known: dict[str, Tensor], where: str) -> set[str]:
+    """Those of the known parameters of experts that have adapters."""
+    targets = values.get("target_parameters") or []
+    mine = [module for module in known if peft_experts.is_parameter(module)]
+    for target in targets if isinstance(targets, list) else [targets]:
+        if not any(module.endswith(f".{target}") for module in mine):
+            raise UserError(f"{where}: target_parameters={target!r} is not understood; experts' matrices are")
+    return {module for module in mine if any(module.endswith(f".{target}") for target in targets)}
 
 
 def _own(values: dict[str, Any], module: str, where: str) -> dict[str, Any]:
@@ -181,12 +214,13 @@ def _own(values: dict[str, Any], module: str, where: str) -> dict[str, Any]:
 
 def _checked(name: str, value: np.ndarray, part: str, shape: tuple[int, ...], rank: int, where: str) -> np.ndarray:
     """Ours of one of theirs, float32."""
-    expected = {"a": (rank, shape[0]), "b": (shape[1], rank), "magnitude": (shape[1],)}[part]
+    *experts, rows, columns = shape
+    ranks = math.prod(experts) * rank
+    expected = {"a": (ranks, rows), "b": (columns, ranks), "magnitude": (columns,)}[part]
     if value.shape != expected or value.dtype not in TYPES.values():
-        raise UserError(
-            f"{where}/{TENSORS}: {name} is {value.dtype}{list(value.shape)}, but {list(expected)} is needed"
-        )
-    return np.ascontiguousarray(value.astype(np.float32).T)
+        raise UserError(f"{where}: {name} is {value.dtype}{list(value.shape)}, but {list(expected)} is needed")
+    wide = value.astype(np.float32)
+    return np.ascontiguousarray(peft_experts.turned_back(part, wide, *experts) if experts else wide.T)
 
 
 def _config(values: Any, where: str) -> LoRAConfig:
@@ -196,7 +230,8 @@ def _config(values: Any, where: str) -> LoRAConfig:
     start = values.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise UserError(f"{where}: init_lora_weights is {start!r}, which changes the base; save it converted to a LoRA")
-    known = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", *INERT)
+    known = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+    known = (*known, "target_parameters", *INERT)
     other = {
         key: value for key, value in values.items() if key not in known and value and (key, value) != ("bias", "none")
     }
@@ -223,11 +258,11 @@ def write(
     """
     try:
         known = modules(family_of(base), base.config)
-        theirs = _theirs(known, params, trained)
+        made = _theirs(known, params, trained)
     except UserError as error:
         logger.info("%s is not written, model/ has all of it: %s", folder, error)
         return False
-    ranks = {name.split(".lora_")[0].removeprefix(PREFIX): len(x) for name, x in theirs.items() if ".lora_A." in name}
+    ranks = {module: parts["a"].shape[-1] for module, parts in made.items()}
     last = {module.rpartition(".")[2]: rank for module, rank in ranks.items()}
     if all(last[module.rpartition(".")[2]] == rank for module, rank in ranks.items()):
         ranks = last
@@ -247,10 +282,18 @@ def write(
         "lora_dropout": lora.dropout,
         "use_dora": lora.dora,
         "use_rslora": lora.rank_stabilised,
-        "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in theirs}),
+        "target_modules": sorted({m.rpartition(".")[2] for m in made if not peft_experts.is_parameter(m)}),
+        "target_parameters": sorted({".".join(m.split(".")[-3:]) for m in made if peft_experts.is_parameter(m)})
+        or None,
         "bias": "none",
         "fan_in_fan_out": turned == {False},
         "inference_mode": True,
+    }
+    out = lambda part, value: peft_experts.turned(part, value) if value.ndim == 3 else value.T
+    theirs = {
+        f"{PREFIX}{peft_experts.where(module, made)}.{PARTS[part]}": np.ascontiguousarray(out(part, value))
+        for module, parts in made.items()
+        for part, value in parts.items()
     }
     folder = epath.Path(folder)
     from_first(lambda: files.write_bytes(folder / TENSORS, safetensors.numpy.save(theirs, {"format": "pt"})))
@@ -258,8 +301,8 @@ def write(
     return True
 
 
-def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> dict[str, np.ndarray]:
-    """Their name → tensor. Raises UserError for what they cannot say."""
+def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> dict[str, dict[str, np.ndarray]]:
+    """Their module → its adapter, still turned as ours. Raises UserError for what they cannot say."""
     if any(declared.name.startswith("score") for _, declared in trained):
         raise UserError("a reward model's heads and their bias are no part of an adapter")
     ours: dict[str, dict[str, np.ndarray]] = {}
@@ -273,7 +316,8 @@ def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> di
     for module, tensor in known.items():
         held = [ours.get(name, {}) for name, _ in tensor.parts]
         if any(held):
-            made |= {f"{PREFIX}{module}.{PARTS[part]}": x for part, x in _joined(tensor, held).items()}
+            made[module] = _joined(tensor, held)
+    peft_experts.require_sayable(made, known)
     return made
 
 
@@ -285,12 +329,12 @@ def _joined(tensor: Tensor, held: list[dict[str, np.ndarray]]) -> dict[str, np.n
     rank = own[0].shape[-1]
     blocks, first = [], 0
     for parts, (_, shape) in zip(held, tensor.parts, strict=True):
-        block = np.zeros((rank * len(own), shape[-1]), np.float32)
+        block = np.zeros((*shape[:-2], rank * len(own), shape[-1]), np.float32)
         if parts:
-            block[first : first + rank] = parts["b"]
+            block[..., first : first + rank, :] = parts["b"]
             first += rank
         blocks.append(block)
     made = {"a": np.concatenate(own, axis=-1), "b": outputs(tensor, blocks)}
     if "magnitude" in held[0]:
         made["magnitude"] = outputs(tensor, [parts["magnitude"] for parts in held])
-    return {part: np.ascontiguousarray(value.T) for part, value in made.items()}
+    return made

@@ -39,6 +39,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek-v2",
         {"r": 2, "lora_alpha": 3, "target_modules": ["kv_a_proj_with_mqa", "kv_b_proj", "q_b_proj", "o_proj"]},
     ),
+    "experts": (
+        "mixtral",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "rank_pattern": {"experts.gate_up_proj": 3}}
+        | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "lora_dropout": 0.0},
+    ),
+    "experts-in-turn": (
+        "gpt-oss",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "lora_dropout": 0.0}
+        | {"target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+    "experts-down": (
+        "deepseek-v2",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["o_proj"], "lora_dropout": 0.0}
+        | {"target_parameters": ["experts.down_proj"]},
+    ),
 }
 
 
@@ -51,11 +66,11 @@ def main(*names: str) -> None:
     for name in names or CASES:
         of, config = CASES[name]
         torch.manual_seed([*CASES].index(name))
-        config.setdefault("fan_in_fan_out", of == "gpt2")
+        config = {"fan_in_fan_out": of == "gpt2", "lora_dropout": 0.1} | config
         base = transformers.AutoModelForCausalLM.from_pretrained(
             BASES / of, dtype=torch.float32, experts_implementation="eager"
         )
-        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1, **config)).eval()
+        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
         with torch.no_grad():
             for key, value in model.named_parameters():
                 if "lora_magnitude" in key:

@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
 NAMES = {"lora": "llama", "rslora": "llama", "dora": "llama"}
 NAMES |= {"fused": "phi3", "conv": "gpt2", "by-head": "pythia", "latent": "deepseek-v2"}
+NAMES |= {"experts": "mixtral", "experts-in-turn": "gpt-oss", "experts-down": "deepseek-v2"}
 TOOL = HERE / "make_adapter_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
@@ -86,6 +87,89 @@ def test_written_and_read_is_the_same(kind, base, tmp_path):
         np.testing.assert_array_equal(back[name], value)
 
 
+EXPERTS = {
+    "mixtral": LoRAConfig(rank=3, targets=("layers/experts/*", "query")),
+    "gpt-oss": LoRAConfig(rank=2, rank_stabilised=True),
+    "qwen3-moe": LoRAConfig(rank=2, targets=("layers/experts/up", "layers/experts/down")),
+    "deepseek-v3": LoRAConfig(rank=2, targets=("layers/experts/gate", "output")),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_adapters_of_experts_are_written_and_read_as_they_are(name, tmp_path):
+    kind, directory = EXPERTS[name], imported(with_tokenizer(name, tmp_path), tmp_path / "run")
+    trained, params = numbers(directory, kind)
+    assert peft.write(tmp_path / "adapter", params, trained, directory, kind)
+    told = dict(model_directory.host_tensors(trained, params))
+    found = peft.read(tmp_path / "adapter", peft.family_of(directory), directory.config)
+    assert any(".experts." in whose for whose in found.tensors)
+    for whose, parts in found.tensors.items():
+        mine = [told.get(f"{whose}_lora_{part}") for part in "ab"]
+        change = 0.0 if mine[0] is None else kind.scale * mine[0] @ mine[1]
+        np.testing.assert_allclose(found.lora.scale * parts["a"] @ parts["b"], change, atol=1e-6)
+
+
+def test_what_peft_would_take_for_other_adapters_of_a_mixture_is_not_written(tmp_path):
+    directory = imported(with_tokenizer("deepseek-v3", tmp_path), tmp_path / "run")
+    for kind in (LoRAConfig(rank=2, targets=("layers/experts/up",), dora=True), LoRAConfig(rank=2)):
+        trained, params = numbers(directory, kind)
+        assert not peft.write(tmp_path / "adapter", params, trained, directory, kind)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> model_directory.ModelDirectory:
+    root = tmp_path_factory.mktemp("mixture")
+    return imported(with_tokenizer("mixtral", root), root / "run")
+
+
+def test_targets_that_are_no_experts_matrices_are_refused(mixture, tmp_path):
+    shutil.copytree(ADAPTERS / "experts", tmp_path / "other")
+    config = tmp_path / "other/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_parameters": ["mlp.router"]}))
+    with pytest.raises(UserError, match=r"target_parameters='mlp.router' is not understood; experts' matrices are"):
+        peft.read(tmp_path / "other", peft.family_of(mixture), mixture.config)
+
+
+def by_expert(folder, kind, mixture) -> dict[str, np.ndarray]:
+    """An adapter of Mixtral as transformers 4 had it, A and B beside the matrices of each expert; what is ours."""
+    trained, params = numbers(mixture, kind)
+    told = dict(model_directory.host_tensors(trained, params))
+    theirs = {}
+    for name, value in told.items():
+        _, layer, _, whose, _, part = name.replace("_lora_", ".lora.").split(".")
+        for expert, own in enumerate(value):
+            module = f"block_sparse_moe.experts.{expert}.{dict(gate='w1', up='w3', down='w2')[whose]}"
+            key = f"{peft.PREFIX}model.layers.{layer}.{module}.{peft.PARTS[part]}"
+            theirs[key] = np.ascontiguousarray(own.T)
+    folder.mkdir()
+    safetensors.numpy.save_file(theirs, folder / peft.TENSORS, {"format": "pt"})
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": kind.rank, "lora_alpha": kind.alpha, "bias": "none"}
+    values |= {"target_modules": ["w1", "w2", "w3"], "use_dora": kind.dora}
+    (folder / peft.CONFIG).write_text(json.dumps(values))
+    return told
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_beside_each_expert_are_read_as_those_of_all(dora, mixture, tmp_path):
+    told = by_expert(tmp_path / "adapter", LoRAConfig(rank=2, targets=("layers/experts/*",), dora=dora), mixture)
+    found = peft.read(tmp_path / "adapter", peft.family_of(mixture), mixture.config)
+    assert found.lora.targets == ("layers/experts/down", "layers/experts/gate", "layers/experts/up")
+    back = {f"{name}_lora_{part}": x for name, parts in found.tensors.items() for part, x in parts.items()}
+    assert back.keys() == told.keys()
+    for name, value in told.items():
+        np.testing.assert_array_equal(back[name], value)
+
+
+def test_adapters_beside_some_experts_are_refused(mixture, tmp_path):
+    by_expert(tmp_path / "adapter", LoRAConfig(rank=2, targets=("layers/experts/*",)), mixture)
+    file = tmp_path / "adapter" / peft.TENSORS
+    held = {name: x for name, x in safetensors.numpy.load_file(file).items() if ".experts.3." not in name}
+    safetensors.numpy.save_file(held, file)
+    with pytest.raises(UserError, match=r"layers.0.experts.gate has adapters in 3 of 4 experts; all are needed"):
+        peft.read(tmp_path / "adapter", peft.family_of(mixture), mixture.config)
+
+
 # Where JAXLM_TRANSFORMERS_PYTHON names a Python that has torch, transformers and peft.
 if PYTHON:
 
@@ -101,6 +185,32 @@ if PYTHON:
             subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
             expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
             np.testing.assert_allclose(jaxlm.load(base, adapter=folder).logits(ids), expected, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_peft_reads_adapters_beside_each_expert_as_we_do(mixture, tmp_path):
+        base, folder = with_tokenizer("mixtral", tmp_path), tmp_path / "adapter"
+        by_expert(folder, LoRAConfig(rank=2, alpha=2.0, targets=("layers/experts/*",)), mixture)
+        ids = np.arange(22, dtype=np.int32).reshape(2, 11) + 3
+        safetensors.numpy.save_file({"ids": ids}, folder / "ids.safetensors")
+        subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
+        expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
+        np.testing.assert_allclose(jaxlm.load(base, adapter=folder, compute="float32").logits(ids), expected, atol=1e-4)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", EXPERTS)
+    def test_peft_reads_what_was_written_of_experts(name, tmp_path):
+        base, kind = with_tokenizer(name, tmp_path), EXPERTS[name]
+        directory = imported(base, tmp_path / "run")
+        trained, params = numbers(directory, kind)
+        folder = tmp_path / "adapter"
+        assert peft.write(folder, params, trained, directory, kind)
+        ids = np.arange(22, dtype=np.int32).reshape(2, 11) + 3
+        safetensors.numpy.save_file({"ids": ids}, folder / "ids.safetensors")
+        subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
+        expected = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
+        beside = jaxlm.load(base, adapter=folder, compute="float32").logits(ids)
+        np.testing.assert_allclose(beside, expected, atol=1e-4)
+        assert np.abs(jaxlm.load(base, compute="float32").logits(ids) - expected).max() > 0.03
 
 
 def test_the_tool_merges_into_a_model_directory_of_ours(base, tmp_path):
