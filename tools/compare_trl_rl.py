@@ -56,7 +56,7 @@ EVEN = [asked(f"even {n}", 2 + n % 3, [T], []) for n in range(8)]
 # Untied: TRL takes the first of equal ones as the better one, jaxlm leaves such a pair out.
 PAIRED = [asked(f"paired {n}", 2 + n, [3 + n, 7 - n], [0.25 * n, 0.5]) for n in range(4) if n != 2]
 
-# GRPO's own KL. TRL's default weighs each token's by its ratio, for the gradient of the KL's other direction.
+# GRPO's own KL. TRL's default weighs each token's by its ratio: our kl_ratio.
 PLAIN = dict(beta=KL, use_bias_correction_kl=False)
 # As TRL's arguments. "old": the answers were drawn by older weights; else by those that learn.
 GRPO: dict[str, dict[str, Any]] = {

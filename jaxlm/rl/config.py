@@ -92,6 +92,9 @@ class GRPOConfig:
     clip holds on both sides."""
     kl_coefficient: float = 0.04
     """Weight in the loss of each token's KL to the reference, estimated by k3."""
+    kl_ratio: bool = False
+    """Each token's KL counts by its ratio to the policy that drew it: unbiased in later minibatches of a rollout too,
+    and its gradient is that of KL(policy ‖ reference), which plain k3's is not (arXiv:2512.02556, section 3.1)."""
     normalization: Literal["token", "sequence", "constant"] = "sequence"
     """sequence: an answer's mean counts; token: all tokens of the batch count alike; constant: an answer's sum over
     max_tokens (Dr. GRPO)."""

@@ -95,10 +95,20 @@ def kl_loss(
     estimator: Callable[[Array, Array], Array] = k3,
     *,
     weights: Float[Array, "B T"] | None = None,
+    drawn: Float[Array, "B T"] | None = None,
 ) -> Array:
-    """Sum of k2 or k3 to the reference, for the loss; `weights` as in `policy_loss`. k1 is refused (`kl` says why)."""
+    """Sum of k2 or k3 to the reference, for the loss; `weights` as in `policy_loss`. k1 is refused (`kl` says why).
+
+    `drawn`: the tokens' log-probabilities as they were drawn; each counts then by its ratio to that policy, whose
+    gradient counts too: unbiased where the policy has moved on, and of k3 the gradient is the KL's (arXiv:2512.02556,
+    section 3.1).
+    """
     check(estimator is not k1, "estimator", "k1 has no expected gradient in a loss; use k2 or k3, or k1 in the reward")
-    each = estimator(real(logprobs, mask), jax.lax.stop_gradient(real(reference, mask)))
+    logprobs = real(logprobs, mask)
+    each = estimator(logprobs, jax.lax.stop_gradient(real(reference, mask)))
+    if drawn is not None:
+        log_ratio = logprobs - jax.lax.stop_gradient(real(drawn, mask))
+        each *= jnp.exp(jnp.minimum(log_ratio, HIGHEST_LOG_RATIO))
     return _total(each, mask, weights)
 
 

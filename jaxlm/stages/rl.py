@@ -180,7 +180,8 @@ def grpo_step(
             weights=weights,
             sequence_ratio=grpo.ratio == "sequence",
         )
-        drift = objectives.kl_loss(tokens.logprobs, examples.reference, examples.mask, weights=weights)
+        drawn = examples.logprobs if grpo.kl_ratio else None
+        drift = objectives.kl_loss(tokens.logprobs, examples.reference, examples.mask, weights=weights, drawn=drawn)
         total = sums.loss + grpo.kl_coefficient * drift
         return total / units, policy_metrics(sums, tokens, examples.mask, total, units)
 

@@ -150,6 +150,16 @@ def test_the_loss_is_these_estimators_summed(estimator):
     same(jax.grad(loss)(POLICY), expected_gradient(estimator))
 
 
+def test_k3_by_the_ratio_gives_the_gradient_of_kl_where_an_older_policy_drew():
+    older = jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, POLICY, REFERENCE)
+    drawn, reference, odds = logprobs_of(older), logprobs_of(REFERENCE), chances(older)
+    loss = lambda p: kl_loss(logprobs_of(p), reference, MASK, weights=odds, drawn=drawn)
+    same(jax.grad(loss)(POLICY), GRADIENT_AT_PREFIXES(POLICY, REFERENCE, older))
+    np.testing.assert_allclose(loss(POLICY), kl_at_prefixes(POLICY, REFERENCE, older), rtol=1e-9)
+    plain = jax.grad(lambda p: kl_loss(logprobs_of(p), reference, MASK, weights=odds))(POLICY)
+    assert max(jnp.abs(a - b).max() for a, b in zip(plain, jax.grad(loss)(POLICY), strict=True)) > 0.01
+
+
 def test_ppo_at_ratio_1_is_the_policy_gradient():
     """∇ E[R] = Σ_answers p · R · ∇ log p, for a reward of whole answers."""
     scores = jax.random.normal(jax.random.key(7), (25,), jnp.float64)

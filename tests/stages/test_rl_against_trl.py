@@ -8,7 +8,6 @@ differently, the test says how and holds the exact relation:
 - TRL's RLOO has a ratio of whole answers, not averaged over their tokens, and takes the KL off the reward;
 - its online DPO's formula is written out in its step: it is DPO's, and it trains on ties, which jaxlm leaves out;
 - TRL's PPO gives the score, and a value, to the state after an answer's end, where its arrays have room for that;
-- TRL's GRPO weighs the KL by the ratio unless `use_bias_correction_kl` is off;
 - TRL's `scale_rewards="batch"` divides by the deviation of all rewards, which jaxlm has not.
 """
 
@@ -27,10 +26,9 @@ from jaxlm.base.metrics import values as values_of
 from jaxlm.data.config import ChatSource
 from jaxlm.feedback.config import VerifierConfig
 from jaxlm.rl import advantages as adv
-from jaxlm.rl import kl, objectives
 from jaxlm.rl import rollout as rollouts
 from jaxlm.rl.config import GRPOConfig, KLConfig, OnlineDPOConfig, PPOConfig, RLConfig
-from jaxlm.rl.learner import Answers, Assessed, Examples, Learner, Models, RLState, answer_tokens, assess
+from jaxlm.rl.learner import Answers, Assessed, Examples, Learner, Models, RLState, assess
 from jaxlm.rl.programs import bound
 from jaxlm.rl.prompts import Prompt
 from jaxlm.rl.rollout import Rollout
@@ -135,6 +133,7 @@ SEQUENCE: dict[str, Any] = dict(ratio="sequence", clip=tool.GSPO_CLIP)
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo on-policy": (dict(kl_coefficient=tool.KL), {}),
     "grpo": (dict(kl_coefficient=tool.KL), {}),
+    "grpo weighted kl": (dict(kl_coefficient=tool.KL, kl_ratio=True), {}),
     "dapo": (dict(normalization="token", clip=tool.CLIP, clip_high=tool.CLIP_HIGH, kl_coefficient=0.0), {}),
     "dapo accumulated": (dict(normalization="token", kl_coefficient=tool.KL), {}),
     "bnpo": (dict(normalization="token", kl_coefficient=tool.KL), {}),
@@ -170,28 +169,6 @@ def test_grpo_and_its_kin(trl, name):
         # Of whole answers' ratios TRL counts answers, jaxlm tokens.
         close(measured["rl/clip_fraction"], theirs["clipped"])
     assert (theirs["clipped"] > 0) == ("old" in given)
-
-
-def test_trl_weighs_the_kl_by_the_ratio(trl):
-    """So the KL's gradient is that of KL(policy ‖ reference); plain k3 has that of the other direction (`rl/kl.py`)."""
-    groups, theirs = tool.GROUPS, trl["grpo weighted kl"]
-    side = Side(config(groups, grpo=GRPOConfig(kl_coefficient=tool.KL)), groups, True)
-    examples = side.learn()[1].examples
-    made = objectives.normalizers(examples.mask, "sequence")
-
-    @jax.value_and_grad
-    def loss(params):
-        logprobs = answer_tokens(side.config, side.models, side.models.policy, params, side.rollout).logprobs
-        ratio = jnp.exp(jnp.where(examples.mask, logprobs - examples.logprobs, 0.0))
-        given = logprobs, examples.logprobs, examples.advantages, examples.mask
-        sums = objectives.policy_loss(*given, 0.2, 0.2, weights=made.weights)
-        weighted = lambda policy, reference: ratio * kl.k3(policy, reference)
-        drift = objectives.kl_loss(logprobs, examples.reference, examples.mask, weighted, weights=made.weights)
-        return (sums.loss + tool.KL * drift) / made.units
-
-    found, gradient = jax.jit(loss)(side.policy)
-    close(found, theirs["loss"])
-    close(optimizers.global_norm(gradient), theirs["gradient_norm"])
 
 
 def test_rloo(trl):
