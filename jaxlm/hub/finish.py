@@ -1,5 +1,6 @@
 """The end of a training stage: the model on disk, and the manifest that says that the run is over."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -54,6 +55,9 @@ class Tuned(Protocol):
     def lora(self) -> LoRAConfig | None: ...
 
     @property
+    def config(self) -> ModelConfig: ...
+
+    @property
     def model(self) -> model_directory.ModelDirectory: ...
 
     @property
@@ -72,13 +76,20 @@ def write_tuned(
     inputs: Mapping[str, str],
     facts: Mapping[str, Any],
     chat_template: ChatTemplate | None,
+    finished: Params | None = None,
 ) -> None:
-    """The same of a language model whose state has these `params`; and WORKDIR/adapter, where they are adapters."""
-    model = tuned.model
+    """The same of a model whose state has these `params`; and WORKDIR/adapter, where they are adapters.
+
+    `finished`: the merged model, where the stage did more to it; then the heads beside the adapters are its own.
+    """
+    shape = dataclasses.replace(tuned.model.config, criteria=tuned.config.criteria)
+    whole = tuned.merged(params) if finished is None else finished
     if tuned.lora is not None:
-        peft.write(f"{config.workdir}/adapter", params, tuned.trained, model, tuned.lora)
-    given: Any = dict(tokenizer=model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
-    write_model(config, outcome, tuned.merged(params), model.config, mesh, **given)
+        own = params | {name: whole[name] for name in params if name in ("score", "score_bias")}
+        beside = dataclasses.replace(tuned.model, config=shape)
+        peft.write(f"{config.workdir}/adapter", own, tuned.trained, beside, tuned.lora)
+    given: Any = dict(tokenizer=tuned.model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
+    write_model(config, outcome, whole, shape, mesh, **given)
 
 
 def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:
