@@ -17,6 +17,7 @@ from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer.chat import ChatTemplate
 from jaxlm.train import model_directory
 from jaxlm.train.loop import Outcome
+from jaxlm.train.processes import from_first
 
 
 def write_model(
@@ -42,10 +43,14 @@ def write_model(
         written = model_directory.write(
             f"{config.workdir}/model", params, model, tokenizer, chat_template=chat_template, **made_with
         )
-    if written is not None:  # on process 0
+
+    def finish() -> None:
+        assert written is not None  # on process 0
         # Not the model's manifest, to which the gate adds its verdict.
         contents = [f"model/{name}" for name in written.files]
         manifest.write(config.workdir, "run", contents=contents, **made_with)
+
+    from_first(finish)  # the others wait: a reward model is read back at once, by all
 
 
 class Tuned(Protocol):

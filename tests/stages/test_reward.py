@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stage_runs import arrays_of, lines_of, pretrained, written
+import safetensors.numpy
+from stage_runs import Runner, arrays_of, lines_of, pretrained, written
 
 import jaxlm
 from jaxlm.base.config import MeshConfig
@@ -271,3 +272,38 @@ def test_the_adapter_over_its_base_gives_the_rewards_of_the_model(config, base):
         before = model_directory.read(f"{workdir}/model").manifest.facts["mean_before_centring"]
         np.testing.assert_allclose(moved, before, atol=1e-6)
         assert np.abs(scores(jaxlm.load(first)) - scores(beside)).max() > 1e-3 or workdir == first
+
+
+CONFIG = """
+from jaxlm.base.config import MeshConfig
+from jaxlm.model.config import LoRAConfig
+from jaxlm.reward.config import RankingSource, RewardConfig
+from jaxlm.train.config import LoopConfig, ScheduleConfig
+
+def get_config():
+    return RewardConfig(
+        model=%(model)r,
+        sources=(RankingSource(name="train", path=%(train)r),),
+        criteria=("overall", "short"),
+        row_length=256,
+        batch_rows=16,
+        batch_pairs=1024,
+        steps=3,
+        lora=LoRAConfig(rank=2),
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=1),
+        mesh=MeshConfig(data=2, fsdp=-1),
+        loop=LoopConfig(log_every_steps=1),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(config, base, tmp_path):
+    runner = Runner(tmp_path, "reward", CONFIG % {"model": base, "train": config.sources[0].path})
+    for processes in (1, 2):
+        runner.run(tmp_path / str(processes), processes=processes)
+    for file in ("adapter/adapter_model.safetensors", "model/params/model-00001.safetensors"):
+        one, two = (safetensors.numpy.load_file(tmp_path / name / file) for name in "12")
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(two[name], value, atol=1e-5)
