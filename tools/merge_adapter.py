@@ -19,7 +19,8 @@ from jaxlm.base.errors import JaxlmError, UserError
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
 from jaxlm.model import layout
-from jaxlm.model.lora import joined
+from jaxlm.model.config import adapted
+from jaxlm.model.lora import joined, part_of
 from jaxlm.model.transformer import define_model
 from jaxlm.train import model_directory
 
@@ -42,12 +43,14 @@ def merge(model: str, adapter: str, output: str) -> None:
     if epath.Path(output).exists():
         raise UserError(f"{output}: is there already; give a new folder")
     read = peft.read(adapter, peft.family_of(base), base.config)
-    params = base.load_params(define_model(dataclasses.replace(base.config, scan_layers=False)))
-    whole = jax.jit(functools.partial(weights.merged, config=read.lora))(joined(params, read.params()))
+    config, flat = read.shape(base.config), dataclasses.replace(base.config, scan_layers=False)
+    beside = define_model(adapted(read.shape(flat), read.lora))
+    params = part_of(beside, joined(base.load_params(define_model(flat)), read.params()))
+    whole = jax.jit(functools.partial(weights.merged, config=read.lora))(params)
     model_directory.write(
         output,
-        layout.stack(whole, base.config) if base.config.scan_layers else whole,
-        base.config,
+        layout.stack(whole, config) if config.scan_layers else whole,
+        config,
         base.folder,
         inputs={str(base.folder): base.manifest.hash, adapter: files.sha256(f"{adapter}/{peft.TENSORS}")},
         config={},

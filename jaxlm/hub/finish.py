@@ -1,5 +1,6 @@
 """The end of a training stage: the model on disk, and the manifest that says that the run is over."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer.chat import ChatTemplate
 from jaxlm.train import model_directory
 from jaxlm.train.loop import Outcome
+from jaxlm.train.processes import from_first
 
 
 def write_model(
@@ -41,10 +43,14 @@ def write_model(
         written = model_directory.write(
             f"{config.workdir}/model", params, model, tokenizer, chat_template=chat_template, **made_with
         )
-    if written is not None:  # on process 0
+
+    def finish() -> None:
+        assert written is not None  # on process 0
         # Not the model's manifest, to which the gate adds its verdict.
         contents = [f"model/{name}" for name in written.files]
         manifest.write(config.workdir, "run", contents=contents, **made_with)
+
+    from_first(finish)  # the others wait: a reward model is read back at once, by all
 
 
 class Tuned(Protocol):
@@ -52,6 +58,9 @@ class Tuned(Protocol):
 
     @property
     def lora(self) -> LoRAConfig | None: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
 
     @property
     def model(self) -> model_directory.ModelDirectory: ...
@@ -72,13 +81,20 @@ def write_tuned(
     inputs: Mapping[str, str],
     facts: Mapping[str, Any],
     chat_template: ChatTemplate | None,
+    finished: Params | None = None,
 ) -> None:
-    """The same of a language model whose state has these `params`; and WORKDIR/adapter, where they are adapters."""
-    model = tuned.model
+    """The same of a model whose state has these `params`; and WORKDIR/adapter, where they are adapters.
+
+    `finished`: the merged model, where the stage did more to it; then the heads beside the adapters are its own.
+    """
+    shape = dataclasses.replace(tuned.model.config, criteria=tuned.config.criteria)
+    whole = tuned.merged(params) if finished is None else finished
     if tuned.lora is not None:
-        peft.write(f"{config.workdir}/adapter", params, tuned.trained, model, tuned.lora)
-    given: Any = dict(tokenizer=model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
-    write_model(config, outcome, tuned.merged(params), model.config, mesh, **given)
+        own = params | {name: whole[name] for name in params if name in ("score", "score_bias")}
+        beside = dataclasses.replace(tuned.model, config=shape)
+        peft.write(f"{config.workdir}/adapter", own, tuned.trained, beside, tuned.lora)
+    given: Any = dict(tokenizer=tuned.model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
+    write_model(config, outcome, whole, shape, mesh, **given)
 
 
 def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:

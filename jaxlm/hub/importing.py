@@ -52,26 +52,29 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
     made_with: Any = dict(inputs=inputs(config), config=identity(config))
     read = gguf.read if gguf.is_gguf(config.source) else hugging_face.read
     directory = read(config.source, "" if config.compute == "auto" else config.compute)
-    template = _template(config, directory)
-    definition = define_model(directory.config)
+    template, shape = _template(config, directory), directory.config
+    definition = define_model(shape)
     origin = {
         "model_type": directory.family.model_type,
         "dtype": directory.dtype,
         "other_dtypes": directory.other_dtypes,
         "pooling": directory.pooling(),
     }
-    facts: dict[str, Any] = {"hugging_face": origin, "parameters": definition.parameter_count()}
+    facts: dict[str, Any] = {"hugging_face": origin}
     if context := directory.context_tokens():
         facts["row_length"] = context
     with tempfile.TemporaryDirectory() as temporary, directory.opened(definition) as params:
         tokenizers.save(directory.tokenizer(), temporary)
         if config.adapter:
-            adapter = peft.read(config.adapter, directory.family, directory.config)
+            adapter = peft.read(config.adapter, directory.family, shape)
+            shape = adapter.shape(shape)
+            definition = define_model(shape)
             params = _merged(params, definition, adapter)
+        facts["parameters"] = definition.parameter_count()
         written = model_directory.write(
             f"{config.workdir}/model",
             params,
-            directory.config,
+            shape,
             temporary,
             facts=facts,
             chat_template=template,
@@ -88,8 +91,9 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
 
 
 def _merged(params: Params, definition: Definition, adapter: peft.Adapter) -> Params:
-    """The same tree, a matrix with its adapter when numpy asks for it."""
+    """The definition's tree, a matrix with its adapter when numpy asks for it."""
     by_name = {}
+    params = params | (adapter.head.params() if adapter.head else {})
     for path, declared in definition:
         leaf: Any = functools.reduce(operator.getitem, path, params)
         names = [name for name, _ in model_directory.tensor_shapes(declared)]

@@ -31,7 +31,7 @@ from jaxlm.hub.generation import Generation
 from jaxlm.hub.opened import open_model
 from jaxlm.hub.pooling import Pooling
 from jaxlm.model.config import ModelConfig, adapted
-from jaxlm.model.lora import joined
+from jaxlm.model.lora import joined, part_of
 from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Params
 from jaxlm.sample.config import SamplingConfig
@@ -72,8 +72,9 @@ def load(
     `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
     `verify=False` skips the sha256 of its files. `compute` is the type of matrix products, in place of the model's own
     (of a Hugging Face directory: bfloat16 where most tensors are that, else float32). `adapter`: a directory of peft's,
-    LoRA or DoRA, which stays beside the model's matrices. Raises UserError for folders
-    without a finished model, for damaged ones, and for what is not understood of a Hugging Face directory.
+    LoRA or DoRA, which stays beside the model's matrices; with a reward model's heads it makes one of a language model.
+    Raises UserError for folders without a finished model, for damaged ones, and for what is not understood of a Hugging
+    Face directory.
     """
     directory = open_model(path, verify=verify, encoders=True)
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
@@ -82,9 +83,10 @@ def load(
     if adapter is not None:
         theirs = isinstance(directory, hugging_face.HuggingFaceDirectory)
         read = peft.read(adapter, directory.family if theirs else peft.family_of(directory), directory.config)
-        config, params = adapted(config, read.lora), joined(params, read.params())
-        place = for_inference(config)[1].shardings(mesh) if mesh else None
-        params = jax.device_put(params, place)
+        config = adapted(read.shape(config), read.lora)
+        definition = for_inference(config)[1]
+        params = part_of(definition, joined(params, read.params()))
+        params = jax.device_put(params, definition.shardings(mesh) if mesh else None)
     return LanguageModel(
         config,
         params,

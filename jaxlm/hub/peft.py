@@ -4,7 +4,8 @@ A tensor of theirs is A or B of a torch Linear, turned ([r, in] and [out, r]), o
 the base's family gives the matrix. Where several of ours lie in one of theirs (Phi-3's qkv_proj, GPT-2's c_attn, NeoX's
 query_key_value), these share its A, and each has its own rows of B. The other way round, n matrices of rank r become
 one of rank n r, their A's one after the other and B zero but for each one's block: the same product; ranks that differ
-from module to module stand in rank_pattern. Whatever else changes the product is refused by name.
+from module to module stand in rank_pattern. Beside a reward model's adapters lie its heads (`peft_head`). Whatever else
+changes the product is refused by name.
 """
 
 import dataclasses
@@ -21,10 +22,11 @@ from etils import epath
 from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, UserError
 from jaxlm.base.logging import logger
-from jaxlm.hub import families, peft_experts
+from jaxlm.hub import families, peft_experts, peft_head
 from jaxlm.hub.family import Family
 from jaxlm.hub.hugging_face import TYPES, Tensor, outputs, split, tensors_of
 from jaxlm.model.config import LoRAConfig, ModelConfig
+from jaxlm.model.lora import is_adapter
 from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Definition, Params
 from jaxlm.train import model_directory
@@ -58,10 +60,16 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, np.ndarray]]
     """Our name of a matrix, such as layers.0.attention.query → float32 "a" [in, r], "b" [r, out], "magnitude" [out]; of
     experts with the axis E in front."""
+    head: peft_head.Head | None = None
+    """A reward model's, in place of the base's head or heads."""
+
+    def shape(self, base: ModelConfig) -> ModelConfig:
+        """What its base becomes, adapters aside: with a head, a reward model."""
+        return base if self.head is None else dataclasses.replace(base, criteria=self.head.criteria)
 
     def params(self) -> Params:
         """As a model with unrolled layers has them."""
-        tree: Params = {}
+        tree: Params = self.head.params() if self.head else {}
         for name, parts in self.tensors.items():
             *path, last = name.split(".")
             node = tree
@@ -113,6 +121,7 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
     try:
         with safetensors.safe_open(folder / TENSORS, framework="np") as stored:
             given = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+            metadata = stored.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{folder}/{TENSORS}: is not a sound safetensors file: {error}") from None
     tensors: dict[str, dict[str, np.ndarray]] = {}
@@ -137,6 +146,7 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
             if tensor.expert >= 0:
                 one_by_one.setdefault(name, []).append(tensors[name])
     tensors |= peft_experts.stacked(one_by_one, config.experts.count, str(folder))
+    head = peft_head.taken(given, metadata, values, config, f"{folder}/{TENSORS}")
     if given:
         raise UserError(
             f"{folder}/{TENSORS}: is not understood for a {family.model_type} base: {', '.join([*given][:8])}"
@@ -149,7 +159,8 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
         held, there = (sum(_kind(name) == kind for name in names) for names in (tensors, layers))
         if held != there:
             raise UserError(f"{folder}: {kind} has adapters in {held} of {there} layers; all are needed")
-    return _of_one_rank(dataclasses.replace(lora, targets=tuple(kinds)), tensors, ranks)
+    found = _of_one_rank(dataclasses.replace(lora, targets=tuple(kinds)), tensors, ranks)
+    return dataclasses.replace(found, head=head)
 
 
 def _taken(
@@ -232,6 +243,7 @@ def _config(values: Any, where: str) -> LoRAConfig:
         raise UserError(f"{where}: init_lora_weights is {start!r}, which changes the base; save it converted to a LoRA")
     known = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
     known = (*known, "target_parameters", *INERT)
+    known = (*known, "modules_to_save") if peft_head.is_head(values) else known
     other = {
         key: value for key, value in values.items() if key not in known and value and (key, value) != ("bias", "none")
     }
@@ -252,17 +264,19 @@ def _config(values: Any, where: str) -> LoRAConfig:
 def write(
     folder: epath.PathLike, params: Params, trained: Definition, base: model_directory.ModelDirectory, lora: LoRAConfig
 ) -> bool:
-    """WORKDIR/adapter of a state's parameters, which `trained` declares; all processes call it together.
+    """WORKDIR/adapter of a state's parameters, which `trained` declares; all processes call it together. `base`: the
+    model that they lie beside, its config with the criteria of the heads among them.
 
     False, and a line in the log with the reason, where no family of peft's bases can say it.
     """
     try:
         known = modules(family_of(base), base.config)
-        made = _theirs(known, params, trained)
+        made = _theirs(known, params, trained.part(is_adapter))
     except UserError as error:
         logger.info("%s is not written, model/ has all of it: %s", folder, error)
         return False
     ranks = {module: parts["a"].shape[-1] for module, parts in made.items()}
+    head = peft_head.trained(trained, params, base.config.criteria)
     last = {module.rpartition(".")[2]: rank for module, rank in ranks.items()}
     if all(last[module.rpartition(".")[2]] == rank for module, rank in ranks.items()):
         ranks = last
@@ -270,7 +284,8 @@ def write(
     turned = {tensor.rule.turned for tensor in known.values()}
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else peft_head.TASK,
+        "modules_to_save": None if head is None else peft_head.MODULES,
         "base_model_name_or_path": str(base.folder),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -295,16 +310,16 @@ def write(
         for module, parts in made.items()
         for part, value in parts.items()
     }
-    folder = epath.Path(folder)
-    from_first(lambda: files.write_bytes(folder / TENSORS, safetensors.numpy.save(theirs, {"format": "pt"})))
+    folder, metadata = epath.Path(folder), {"format": "pt"}
+    if head is not None:
+        theirs, metadata = theirs | head.tensors(), metadata | head.metadata()
+    from_first(lambda: files.write_bytes(folder / TENSORS, safetensors.numpy.save(theirs, metadata)))
     from_first(lambda: files.write_json(folder / CONFIG, values))
     return True
 
 
 def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> dict[str, dict[str, np.ndarray]]:
     """Their module → its adapter, still turned as ours. Raises UserError for what they cannot say."""
-    if any(declared.name.startswith("score") for _, declared in trained):
-        raise UserError("a reward model's heads and their bias are no part of an adapter")
     ours: dict[str, dict[str, np.ndarray]] = {}
     for name, value in model_directory.host_tensors(trained, params):
         whose, _, part = name.partition("_lora_")

@@ -26,7 +26,7 @@ from jaxlm.base import files, manifest, sharding
 from jaxlm.base.metrics import Mean
 from jaxlm.feedback.records import RankingRecord
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, summary_with, write_model
+from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
@@ -174,12 +174,12 @@ def main(config: RewardConfig) -> dict[str, Any]:
         watchdog.enter("save")
         with jax.set_mesh(mesh):
             report = held.report(outcome.state, encoder)
-            made = tuned.merged(outcome.state.ema or outcome.state.params)
-            params, before = centred(made, config, definition, reference)
+            made = outcome.state.ema or outcome.state.params
+            params, before = centred(tuned.merged(made), config, definition, reference)
         from_first(lambda: files.write_json(epath.Path(config.workdir) / "report.json", report))
         facts = {"summary": summary, "row_length": config.row_length}
         facts |= {"mean_before_centring": before, "reference_answers": len(reference)}
-        given: Any = dict(tokenizer=model.folder, inputs=read_from, facts=facts, chat_template=template)
-        write_model(config, outcome, params, shape, mesh, **given)
+        given: Any = dict(inputs=read_from, facts=facts, chat_template=template, finished=params)
+        write_tuned(config, outcome, made, tuned, mesh, **given)
         require_centred(config, definition, reference, mesh)
     return summary

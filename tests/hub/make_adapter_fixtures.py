@@ -1,13 +1,14 @@
-"""Tiny adapters of Hugging Face's peft with the logits that it gives them: tests/hub/adapters.
+"""Tiny adapters of Hugging Face's peft with the logits, or rewards, that it gives them: tests/hub/adapters.
 
     python tests/hub/make_adapter_fixtures.py [NAME]...        # in an environment with torch, transformers and peft
-    python tests/hub/make_adapter_fixtures.py check BASE DIR   # loads an adapter as a user would; prints logits' file
+    python tests/hub/make_adapter_fixtures.py check BASE DIR   # loads an adapter as a user would
 
 Their bases are those of tests/hub/fixtures. A fixture is what `save_pretrained` writes, and expected.safetensors: rows
-of ids and their float32 logits. Every number of the adapters is random, B and DoRA's magnitudes too.
+of ids and their float32 logits. Every number of the adapters is random, B, DoRA's magnitudes and reward heads too.
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek-v2",
         {"r": 2, "lora_alpha": 3, "target_modules": ["kv_a_proj_with_mqa", "kv_b_proj", "q_b_proj", "o_proj"]},
     ),
+    "reward": ("llama", {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}),
+    "reward-conv": (
+        "gpt2",
+        {"task_type": "SEQ_CLS", "r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": ["c_attn"]},
+    ),
     "experts": (
         "mixtral",
         {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "rank_pattern": {"experts.gate_up_proj": 3}}
@@ -57,26 +63,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def base_of(folder: Path | str, task: str, labels: int = 1) -> Any:
+    wanted: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+    if task == "SEQ_CLS":
+        return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, **wanted)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **wanted)
+
+
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[rows, S, V]; of a sequence classifier [rows, labels]. Row by row: it takes more only with a padding token."""
     with torch.no_grad():
-        return model(ids).logits.contiguous()
+        return torch.cat([model(row[None]).logits for row in ids])
 
 
 def main(*names: str) -> None:
     for name in names or CASES:
         of, config = CASES[name]
         torch.manual_seed([*CASES].index(name))
-        config = {"fan_in_fan_out": of == "gpt2", "lora_dropout": 0.1} | config
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            BASES / of, dtype=torch.float32, experts_implementation="eager"
-        )
-        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+        config = {"fan_in_fan_out": of == "gpt2", "task_type": "CAUSAL_LM", "lora_dropout": 0.1} | config
+        base = base_of(BASES / of, config["task_type"])
+        model = peft.get_peft_model(base, peft.LoraConfig(**config)).eval()
         with torch.no_grad():
             for key, value in model.named_parameters():
                 if "lora_magnitude" in key:
                     value.mul_(1 + 0.3 * torch.rand_like(value))
                 elif "lora_" in key:
                     value.copy_(torch.randn_like(value) * 0.2)
+                elif "modules_to_save" in key:
+                    value.copy_(torch.randn_like(value) * 0.3)
         ids = torch.randint(3, 71, (2, 11))
         model.save_pretrained(FOLDER / name)
         (FOLDER / name / "README.md").unlink()
@@ -89,9 +103,13 @@ def main(*names: str) -> None:
 
 
 def check(base: str, folder: str) -> None:
-    """Writes FOLDER/logits.safetensors: of FOLDER/ids.safetensors by peft."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, experts_implementation="eager")
-    model = peft.PeftModel.from_pretrained(model, folder).eval()
+    """Writes FOLDER/logits.safetensors: of FOLDER/ids.safetensors by peft, to which no key may be unknown."""
+    task = peft.PeftConfig.from_pretrained(folder).task_type
+    head = safetensors.torch.load_file(f"{folder}/adapter_model.safetensors").get("base_model.model.score.weight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword")
+        model = base_of(base, task, 1 if head is None else len(head))
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
     ids = safetensors.torch.load_file(f"{folder}/ids.safetensors")["ids"].long()
     safetensors.torch.save_file({"logits": logits(model, ids)}, f"{folder}/logits.safetensors")
 

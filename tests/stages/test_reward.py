@@ -9,12 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stage_runs import arrays_of, lines_of, pretrained, written
+import safetensors.numpy
+from stage_runs import Runner, arrays_of, lines_of, pretrained, written
 
+import jaxlm
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
+from jaxlm.hub import forward
 from jaxlm.model.config import LoRAConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.preference.rewards import mean_rewards
@@ -22,7 +25,7 @@ from jaxlm.reward.config import AnnotatorWeight, RankingSource, RewardConfig
 from jaxlm.stages import reward
 from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
-from jaxlm.train.config import CheckpointConfig, LoopConfig, ScheduleConfig
+from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
 
 
 def score(answer: str) -> int:
@@ -246,3 +249,61 @@ def test_adapters_learn_beside_new_heads(config, base):
     first = reward.tune(again, make_mesh(MeshConfig(data=1), jax.devices()[:1]), after, True)
     begun = first.start(first.trained.shardings(first.mesh))
     np.testing.assert_array_equal(begun["score"], new["score"])
+
+
+@pytest.mark.slow
+def test_the_adapter_over_its_base_gives_the_rewards_of_the_model(config, base):
+    """Of averages, of a mean that was brought to 0, and also where the base was a reward model."""
+    optimizer = OptimizerConfig(weight_decay=0.0, epsilon=1e-3, ema=0.9)
+    kind, reference = LoRAConfig(rank=2, dora=True), {"reference_policy": "poor", "reference_answers": 50}
+    config = dataclasses.replace(config, lora=kind, steps=3, optimizer=optimizer, **reference)
+    ids = forward.padded(np.arange(24).reshape(3, 8) + 60)
+    scores = lambda lm: forward.last_scores(lm.definition, lm.params, *ids)[:3]
+    first = config.workdir
+    for model, workdir in ((base, first), (first, first + "-2")):
+        reward.main(dataclasses.replace(config, model=model, workdir=workdir))
+        beside, whole = jaxlm.load(model, adapter=f"{workdir}/adapter"), jaxlm.load(workdir)
+        assert beside.config.criteria == whole.config.criteria == ("overall", "short")
+        np.testing.assert_allclose(scores(beside), scores(whole), atol=1e-5)
+        kept = arrays_of(workdir, 3)
+        np.testing.assert_array_equal(beside.params["score"], kept["ema/score"])
+        assert np.abs(kept["ema/score"] - kept["params/score"]).max() > 1e-4
+        moved = kept["ema/score_bias"] - np.asarray(beside.params["score_bias"])
+        before = model_directory.read(f"{workdir}/model").manifest.facts["mean_before_centring"]
+        np.testing.assert_allclose(moved, before, atol=1e-6)
+        assert np.abs(scores(jaxlm.load(first)) - scores(beside)).max() > 1e-3 or workdir == first
+
+
+CONFIG = """
+from jaxlm.base.config import MeshConfig
+from jaxlm.model.config import LoRAConfig
+from jaxlm.reward.config import RankingSource, RewardConfig
+from jaxlm.train.config import LoopConfig, ScheduleConfig
+
+def get_config():
+    return RewardConfig(
+        model=%(model)r,
+        sources=(RankingSource(name="train", path=%(train)r),),
+        criteria=("overall", "short"),
+        row_length=256,
+        batch_rows=16,
+        batch_pairs=1024,
+        steps=3,
+        lora=LoRAConfig(rank=2),
+        schedule=ScheduleConfig(peak=1e-2, warmup_steps=1),
+        mesh=MeshConfig(data=2, fsdp=-1),
+        loop=LoopConfig(log_every_steps=1),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(config, base, tmp_path):
+    runner = Runner(tmp_path, "reward", CONFIG % {"model": base, "train": config.sources[0].path})
+    for processes in (1, 2):
+        runner.run(tmp_path / str(processes), processes=processes)
+    for file in ("adapter/adapter_model.safetensors", "model/params/model-00001.safetensors"):
+        one, two = (safetensors.numpy.load_file(tmp_path / name / file) for name in "12")
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(two[name], value, atol=1e-5)
