@@ -1,6 +1,6 @@
 """Step 0 of SFT, pair reward and preferences against TRL's trainers, on the same tiny weights and ids, in float32.
 
-`tools/compare_trl.py` makes weights and data on both sides and says how TRL's numbers are made. Stored ones are
+`make_trl_numbers.py` makes weights and data on both sides and says how TRL's numbers are made. Stored ones are
 compared always, fresh ones as well where JAXLM_TRL_PYTHON names a Python that has TRL.
 """
 
@@ -31,7 +31,7 @@ from jaxlm.train.state import initial_state
 
 pytestmark = pytest.mark.slow
 
-# The last line of `python tools/compare_trl.py` with trl 1.12.0, transformers 5.23.0, torch 2.13.0+cpu, numpy 2.4.6.
+# The last line of `make_trl_numbers.py` with trl 1.12.0, transformers 5.23.0, torch 2.13.0+cpu, numpy 2.4.6.
 STORED: dict[str, dict[str, Any]] = {
     "sft": {"loss": 4.6370478, "gradient_norm": 1.9435091},
     "sft accumulated": {"loss": 4.6370468, "gradient_norm": 1.9435091},
@@ -92,7 +92,7 @@ STORED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=SOURCES)
 def trl(request) -> Numbers:
-    return numbers(request, "compare_trl", STORED)
+    return numbers(request, "make_trl_numbers", STORED)
 
 
 def first_step(

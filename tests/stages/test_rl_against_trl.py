@@ -1,6 +1,6 @@
 """Step 0 of reinforcement learning against TRL's trainers, on the same tiny weights and answers, in float32.
 
-`tools/compare_trl_rl.py` says how TRL's numbers are made. Both sides score given answers, make advantages of their
+`make_trl_rl_numbers.py` says how TRL's numbers are made. Both sides score given answers, make advantages of their
 rewards, and take the gradient of one update; jaxlm by the stage's own learner and step. Where the two define something
 differently, the test says how and holds the exact relation:
 
@@ -18,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import make_trl_rl_numbers as tool
 import numpy as np
 import pytest
-from trl_tool import SHAPE, SOURCES, Numbers, close, load_tool, numbers, weights
+from trl_tool import SHAPE, SOURCES, Numbers, close, numbers, weights
 
 from jaxlm.base.metrics import values as values_of
 from jaxlm.data.config import ChatSource
@@ -43,13 +44,12 @@ pytestmark = pytest.mark.slow
 STORED: Numbers = json.loads((Path(__file__).parent / "fixtures/trl_rl.json").read_text())
 del STORED["versions"]
 
-tool = load_tool("compare_trl_rl")
 S = 16
 
 
 @pytest.fixture(scope="module", params=SOURCES)
 def trl(request) -> Numbers:
-    return numbers(request, "compare_trl_rl", STORED)
+    return numbers(request, "make_trl_rl_numbers", STORED)
 
 
 def config(groups: list, **more: Any) -> RLConfig:

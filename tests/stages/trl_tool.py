@@ -1,16 +1,15 @@
-"""What the tests against TRL share: the tools that make its numbers, and jaxlm's model with the tools' weights."""
+"""What the tests against TRL share: what makes its numbers, and jaxlm's model with the same weights."""
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import make_trl_numbers as tool
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from jaxlm.model.config import ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 
-TOOLS = Path(__file__).parent.parent.parent / "tools"
+HERE = Path(__file__).parent
 PYTHON = os.environ.get("JAXLM_TRL_PYTHON", "")
 
 Numbers = dict[str, dict[str, Any]]
@@ -29,18 +28,6 @@ Numbers = dict[str, dict[str, Any]]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
 
-def load_tool(name: str) -> Any:
-    """tools/`name`.py as a module, which one that imports it then finds."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-tool = load_tool("compare_trl")
 SHAPE = ModelConfig(
     vocab_size=tool.V,
     layers=tool.L,
@@ -57,10 +44,10 @@ SHAPE = ModelConfig(
 
 
 def numbers(request: pytest.FixtureRequest, name: str, stored: Numbers) -> Numbers:
-    """TRL's: the stored ones, or those that tools/`name`.py prints now, which are held to the stored ones first."""
+    """TRL's: the stored ones, or those that `name`.py prints now, which are held to the stored ones first."""
     if request.param == "stored":
         return stored
-    run = subprocess.run([PYTHON, TOOLS / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run([PYTHON, HERE / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True)
     fresh = json.loads(run.stdout.splitlines()[-1])
     del fresh["versions"]
     assert fresh.keys() == stored.keys()

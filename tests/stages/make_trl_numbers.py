@@ -1,9 +1,9 @@
 """What TRL computes at step 0 on tiny weights: SFT, pair reward, and preferences. jaxlm is held to it by its test.
-(Reinforcement learning: `compare_trl_rl.py`, with the weights and helpers of this file.)
+(Reinforcement learning: `make_trl_rl_numbers.py`, with the weights and helpers of this file.)
 
     python3 -m venv ../trl-env
     ../trl-env/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0    # torch: its CPU build is enough
-    ../trl-env/bin/python tools/compare_trl.py                   # 20 s; the last line is JSON: losses, norms, sums
+    ../trl-env/bin/python tests/stages/make_trl_numbers.py   # 20 s; the last line is JSON: losses, norms
     JAXLM_TRL_PYTHON=../trl-env/bin/python python -m pytest -m slow tests/stages/test_against_trl.py
 
 The test holds numbers that were printed here once; where that variable is set, it runs this file and holds the fresh

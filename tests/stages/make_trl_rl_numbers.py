@@ -1,9 +1,10 @@
 """What TRL's reinforcement learning computes at step 0 on tiny weights: GRPO and its kin, RLOO, PPO and online DPO.
 
-    ../trl-env/bin/python tools/compare_trl_rl.py | tail -n 1 > tests/stages/fixtures/trl_rl.json         # 35 s
+    ../trl-env/bin/python tests/stages/make_trl_rl_numbers.py | tail -n 1 > tests/stages/fixtures/trl_rl.json  # 35 s
     JAXLM_TRL_PYTHON=../trl-env/bin/python python -m pytest -m slow tests/stages/test_rl_against_trl.py
 
-Weights, helpers and environment are those of `compare_trl.py`; it needs `requests` besides, which TRL does not declare.
+Weights, helpers and environment are those of `make_trl_numbers.py`; it needs `requests` besides, which TRL does not
+declare.
 Each case is one training step of rate 0 by TRL's own trainer, from rewards to advantages to the gradient: only the
 drawing of answers is replaced, by given ones. They are drawn, as TRL sees it, by "old policy", and learned from by
 "policy", so that ratios are not 1 and some are clipped.
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-from compare_trl import BOS, EOS, LOGGED, PAD, D, arguments, filled, quiet, show, stepped, text, tokenizer, tokens
+from make_trl_numbers import BOS, EOS, LOGGED, PAD, D, arguments, filled, quiet, show, stepped, text, tokenizer, tokens
 
 # Most tokens of an answer, answers to a prompt.
 T, K = 8, 4
@@ -305,7 +306,7 @@ def functions() -> dict[str, Any]:
 
 def to_whiten() -> tuple[np.ndarray, np.ndarray]:
     """(float32 [4, 8], bool [4, 8])"""
-    from compare_trl import draw
+    from make_trl_numbers import draw
 
     return (3 + draw("whiten", (4, T))).astype(np.float32), np.arange(T)[None] < np.array([[3], [8], [1], [5]])
 
