@@ -130,6 +130,9 @@ def join() -> None:
         jax.distributed.initialize()
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # gloo joins collectives as they come, and a program that XLA's CPU path reads back from the cache no longer keeps
+    # its own in order (jaxlib 0.10.2: "Received data size doesn't match expected size" in every second start).
+    jax.config.update("jax_enable_compilation_cache", False)
     jax.distributed.initialize(
         os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
     )

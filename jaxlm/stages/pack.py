@@ -93,11 +93,8 @@ def main(config: PackConfig) -> dict[str, Any]:
 
     seconds = time.monotonic() - began
     packed = sum(facts[part]["tokens"] for part in facts)
-    summary = {
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(packed / seconds, 1),
-        "figure": f"{facts['train']['rows']} rows, padding {facts['train']['padding_share']:.2%}",
-    }
+    figure = f"{facts['train']['rows']} rows, padding {facts['train']['padding_share']:.2%}"
+    summary = {"seconds": round(seconds, 2), "tokens_per_second": round(packed / seconds, 1), "figure": figure}
     manifest.write(
         workdir,
         "rows",

@@ -78,11 +78,8 @@ def main(config: SampleConfig) -> dict[str, Any]:
     files.write_bytes(workdir / "completions.jsonl", "".join(lines).encode())
     seconds = time.monotonic() - began
     tokens = sum(len(completion.ids) for completion in completions)
-    summary = {
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "figure": f"{len(completions)} completions, {tokens} tokens",
-    }
+    figure = f"{len(completions)} completions, {tokens} tokens"
+    summary = {"seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1), "figure": figure}
     manifest.write(
         workdir,
         "samples",
