@@ -32,7 +32,7 @@ def documents(modules: Iterable[str], split: str, field: str = "modules") -> Ite
         module = import_module(name, field)
         topics = getattr(module, "topics", None)
         if name == "pydoc_data.topics" and isinstance(topics, dict):
-            found: Iterable[tuple[str, str]] = ((topic, topics[topic]) for topic in sorted(topics))
+            found: Iterable[tuple[str, str]] = ((topic, _ADDRESS.sub("", topics[topic])) for topic in sorted(topics))
         else:
             found = _of_module(module)
         yield from ({"text": text, "source": name, "where": f"{name}:{owner}"} for owner, text in found)
