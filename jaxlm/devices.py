@@ -114,6 +114,10 @@ def start(deterministic: bool = False) -> None:
         wanted = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
         problem = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise UserError(f"{wanted}jax finds no device{problem}; unset it, or install jaxlm[cuda] or [tpu]") from None
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # gloo joins collectives as they come, and a program that XLA's CPU path reads back from the cache no longer
+        # keeps its own in order (jaxlib 0.10.2: "Received data size doesn't match expected size" at a second start).
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def join() -> None:
@@ -130,9 +134,6 @@ def join() -> None:
         jax.distributed.initialize()
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # gloo joins collectives as they come, and a program that XLA's CPU path reads back from the cache no longer keeps
-    # its own in order (jaxlib 0.10.2: "Received data size doesn't match expected size" in every second start).
-    jax.config.update("jax_enable_compilation_cache", False)
     jax.distributed.initialize(
         os.environ["JAX_COORDINATOR_ADDRESS"], int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
     )

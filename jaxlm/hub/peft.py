@@ -201,8 +201,9 @@ def _of_one_rank(lora: LoRAConfig, tensors: dict[str, dict[str, np.ndarray]], ra
 def _parameters(values: dict[str, Any], known: dict[str, Tensor], where: str) -> set[str]:
     """Those of the known parameters of experts that have adapters."""
     targets = values.get("target_parameters") or []
+    targets = targets if isinstance(targets, list) else [targets]
     mine = [module for module in known if peft_experts.is_parameter(module)]
-    for target in targets if isinstance(targets, list) else [targets]:
+    for target in targets:
         if not any(module.endswith(f".{target}") for module in mine):
             raise UserError(f"{where}: target_parameters={target!r} is not understood; experts' matrices are")
     return {module for module in mine if any(module.endswith(f".{target}") for target in targets)}
@@ -215,9 +216,10 @@ def _own(values: dict[str, Any], module: str, where: str) -> dict[str, Any]:
         pattern = values.get(key) or {}
         if not isinstance(pattern, dict):
             raise UserError(f"{where}: {key} is no object")
-        for name, value in pattern.items():
+        for given, value in pattern.items():
+            name = given.removeprefix(r".*\.")  # as peft writes it where it converted names of transformers 4
             if not re.fullmatch(r"\^?[\w.]+", name) or not isinstance(value, int | float) or value <= 0:
-                raise UserError(f"{where}: {key}={{{name!r}: {value!r}}} is not understood; a name and a number are")
+                raise UserError(f"{where}: {key}={{{given!r}: {value!r}}} is not understood; a name and a number are")
             if module == name.lstrip("^") or (name[0] != "^" and module.endswith(f".{name}")):
                 found.setdefault(field, int(value) if field == "rank" else float(value))
     return found

@@ -231,7 +231,8 @@ def open_models(config: RLConfig, verify: bool = True) -> Directories:
     if config.reward_model:
         reward = model_directory.read(find_model(config.reward_model, "reward_model"), verify=verify)
     if config.lora is not None:
-        require_targets(define_model(policy.config), config.lora)
+        for directory in (policy, *([reward] if config.ppo and reward else [])):  # PPO's value function is the latter
+            require_targets(define_model(directory.config), config.lora)
         policy, reward = Quantising.of(policy), reward and Quantising.of(reward)
     return Directories(policy, reward).checked(config)
 

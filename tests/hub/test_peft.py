@@ -131,6 +131,19 @@ def test_targets_that_are_no_experts_matrices_are_refused(mixture, tmp_path):
         peft.read(tmp_path / "other", peft.family_of(mixture), mixture.config)
 
 
+def test_ranks_that_peft_converted_are_read_as_the_plain_ones(mixture, tmp_path):
+    shutil.copytree(ADAPTERS / "experts", tmp_path / "converted")
+    config = tmp_path / "converted/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": {r".*\.gate_up_proj": 3}}))
+    plain, made = (
+        peft.read(at, peft.family_of(mixture), mixture.config) for at in (ADAPTERS / "experts", config.parent)
+    )
+    assert made.lora == plain.lora
+    for name, parts in plain.tensors.items():
+        for part, value in parts.items():
+            np.testing.assert_array_equal(made.tensors[name][part], value)
+
+
 def by_expert(folder, kind, mixture) -> dict[str, np.ndarray]:
     """An adapter of Mixtral as transformers 4 had it, A and B beside the matrices of each expert; what is ours."""
     trained, params = numbers(mixture, kind)
