@@ -8,6 +8,7 @@ Its kin, by fields: Dr. GRPO        --config.grpo.baseline=mean --config.grpo.no
                     GSPO            --config.grpo.ratio=sequence --config.grpo.clip=3e-4 --config.grpo.clip_high=4e-4
                     DAPO            --config.grpo.clip_high=0.28 --config.grpo.normalization=token
                                     --config.grpo.extra_prompts=64 --config.overlong_tokens=128
+                    KL by the ratio --config.grpo.kl_ratio=true
 REINFORCE++ is another part: reinforce=ReinforceConfig() in place of grpo.
 
 Hardware: TPU v5e-16 (mesh: all chips in fsdp); not yet run on one. Time: mostly of drawing, 1024 answers of up to 1024

@@ -23,7 +23,7 @@ def require_targets(definition: Definition, config: LoRAConfig) -> None:
         if not any(lora.takes(alone, name) for name in every):
             if any(lora.matches(target, name) for name in every):
                 raise ConfigError("lora.targets", f"{target!r} names routers alone, which stay frozen")
-            known = [*every, *{name.rpartition("/")[2] for name in every}]
+            known = [w for name in every if not name.endswith("/router") for w in (name, name.rpartition("/")[2])]
             raise ConfigError("lora.targets", f"{target!r} is no matrix of the layers{nearest(target, known)}")
 
 

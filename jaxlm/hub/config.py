@@ -16,7 +16,7 @@ class ImportConfig(StageConfig):
     source: str = ""
     """The directory: config.json, safetensors, tokenizer; or a file of llama.cpp's, NAME.gguf, which is dequantised."""
     adapter: str = ""
-    """A directory of peft's, LoRA or DoRA, that is merged into the model; empty: none."""
+    """A directory of peft's, LoRA or DoRA, merged into the model; with heads that makes a reward model; empty: none."""
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of matrix products; auto: bfloat16 where most of its tensors are that, else float32."""
     chat_template: str = ""

@@ -88,13 +88,12 @@ def write_tuned(
     `finished`: the merged model, where the stage did more to it; then the heads beside the adapters are its own.
     """
     shape = dataclasses.replace(tuned.model.config, criteria=tuned.config.criteria)
-    whole = tuned.merged(params) if finished is None else finished
-    if tuned.lora is not None:
-        own = params | {name: whole[name] for name in params if name in ("score", "score_bias")}
+    if tuned.lora is not None:  # before the merge, which may find no memory
+        heads = {} if finished is None else {name: finished[name] for name in ("score", "score_bias")}
         beside = dataclasses.replace(tuned.model, config=shape)
-        peft.write(f"{config.workdir}/adapter", own, tuned.trained, beside, tuned.lora)
+        peft.write(f"{config.workdir}/adapter", params | heads, tuned.trained, beside, tuned.lora)
     given: Any = dict(tokenizer=tuned.model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
-    write_model(config, outcome, whole, shape, mesh, **given)
+    write_model(config, outcome, tuned.merged(params) if finished is None else finished, shape, mesh, **given)
 
 
 def stopped_early(outcome: Outcome, stop_at_step: int, steps: int) -> bool:

@@ -110,6 +110,8 @@ class GRPOConfig:
         check(self.extra_prompts >= 0, "extra_prompts", f"got {self.extra_prompts}; 0 (none) or more is needed")
         check(self.clip_high >= 0, "clip_high", f"got {self.clip_high}; 0 or more is needed")
         check(self.kl_coefficient >= 0, "kl_coefficient", f"got {self.kl_coefficient}; 0 or more is needed")
+        weighs = not self.kl_ratio or (self.ratio == "token" and self.kl_coefficient > 0)
+        check(weighs, "kl_ratio", "weighs the KL of tokens; it goes with ratio='token' and a kl_coefficient above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,7 @@ def test_adapters_of_experts_are_written_and_read_as_they_are(name, tmp_path):
     told = dict(model_directory.host_tensors(trained, params))
     found = peft.read(tmp_path / "adapter", peft.family_of(directory), directory.config)
     assert any(".experts." in whose for whose in found.tensors)
+    assert {name.partition("_lora_")[0] for name in told} <= found.tensors.keys()
     for whose, parts in found.tensors.items():
         mine = [told.get(f"{whose}_lora_{part}") for part in "ab"]
         change = 0.0 if mine[0] is None else kind.scale * mine[0] @ mine[1]
