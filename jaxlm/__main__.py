@@ -141,7 +141,9 @@ def make_config(name: str, path: str, workdir: str, overrides: dict[str, str]) -
     if not isinstance(config, cls):
         made_for = getattr(config, "stage", type(config).__name__)
         hint = f"; python -m jaxlm {made_for} takes it" if made_for in STAGES else ""
-        hint += f" whole, with --config.only={name} one stage of it" if made_for == "run" else ""
+        hint += " whole" if made_for == "run" else ""
+        parts = [part.name or part.stage for part in getattr(config, "stages", ()) if part.stage == name]
+        hint += f", with --config.only={parts[0]} one stage of it" if parts else ""
         raise UserError(f"{path}: is a config for {made_for!r}, not for {name!r}{hint}")
     configs.check_types(config)
     config = configs.override(config, overrides)

@@ -129,6 +129,13 @@ MISTAKES = {
     "a config of another stage": Mistake(
         "sft", PRETRAIN, [], "x.py", "is a config for 'pretrain', not for 'sft'", "python -m jaxlm pretrain takes it"
     ),
+    "a config of a whole run": Mistake(
+        "tokenizer", RUN, [], "x.py", "is a config for 'run', not for 'tokenizer'",
+        "python -m jaxlm run takes it whole, with --config.only=tokenizer one stage of it",
+    ),
+    "a config of a run without the stage": Mistake(
+        "sft", RUN, [], "x.py", "is a config for 'run', not for 'sft'", "python -m jaxlm run takes it whole"
+    ),
     "a config with a typing error": Mistake(
         "pretrain", "PretrainConfig(data=()", [], "x.py:16", "'(' was never closed", ""
     ),

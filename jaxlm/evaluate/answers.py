@@ -22,7 +22,7 @@ from jaxlm.sample.sampler import Completion
 from jaxlm.text import readers
 from jaxlm.text.clean import Reason
 from jaxlm.text.config import Source
-from jaxlm.tokenizer.chat import ChatTemplate
+from jaxlm.tokenizer.chat import Encoded
 
 MAX_RECORD_BYTES = 2**24
 
@@ -58,12 +58,11 @@ def measured(source: Source) -> Iterator[readers.ObjectRecord]:
     return readers.read_objects(source, MAX_RECORD_BYTES)
 
 
-def pack(some: Sequence[Chat], template: ChatTemplate, row_length: int, bytes_of: np.ndarray) -> Iterator[list[Piece]]:
+def pack(some: Sequence[Encoded], row_length: int, bytes_of: np.ndarray) -> Iterator[list[Piece]]:
     """Rows whose targets are the answers' text without the stop tokens; a longer chat is cut at the row's end."""
 
     def pieces() -> Iterator[Piece]:
-        for number, chat in enumerate(some):
-            encoded = template.encode(chat.messages)
+        for number, encoded in enumerate(some):
             text = encoded.targets & (bytes_of[encoded.ids] > 0)
             yield Piece(encoded.ids[:row_length], number, text[:row_length])
 

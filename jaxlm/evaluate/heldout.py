@@ -66,14 +66,20 @@ def of_texts(pattern: str, text_field: str, subject: Subject) -> dict[str, Any]:
 
 
 def of_chats(config: EvaluateConfig, source: ChatSource, subject: Subject, records: Records) -> dict[str, Any]:
-    """Figures of the answers' text, and of what the model answers itself."""
+    """Figures of the answers' text, and of what the model answers itself; "cut": how many are longer than a row."""
     template = subject.chat()
     found = answers.read(source, config.kinds)
     languages = [str(chat.record.get("language", source.language)) for chat in found]
     labels = {number: {"language": language} for number, language in enumerate(languages)}
-    packed = answers.pack(found, template, subject.row_length, subject.tokenizer.token_bytes())
-    sums = subject.measure(packed, subject.row_length)
+    encoded = [template.encode(chat.messages) for chat in found]
+    sums = subject.measure(
+        answers.pack(encoded, subject.row_length, subject.tokenizer.token_bytes()), subject.row_length
+    )
     result = figures(sums) | by_label(sums, labels)
+    if cut := sum(len(one.ids) > subject.row_length for one in encoded):
+        result["cut"] = cut
+        told = "chats: %d of %s are longer than %d tokens and were measured up to there; raise row_length"
+        logging.logger.warning(told, cut, source.name, subject.row_length)
     asked = found[: config.answers]
     if not asked:
         return result

@@ -127,6 +127,16 @@ def test_every_part_writes_its_figures_and_examples(folders, packed_rows, tmp_pa
     assert "gate" not in manifest.read(folders["policy"]).facts
 
 
+def test_chats_longer_than_a_row_are_counted(folders, packed_rows, tmp_path, caplog):
+    only = dict(rows="", documents="", tasks=(), safety="", memorisation=None, ratings=None, win_rate=None)
+    config = config_of(folders, packed_rows, tmp_path, **only, answers=0, row_length=64)
+    written(tmp_path / "chats.jsonl", [{"prompt": "?", "completion": "yes" * n} for n in (1, 2, 30, 40)])
+    evaluate.main(config)
+    found = json.loads((Path(config.workdir) / "results.json").read_text())["chats"]["asked"]
+    assert (found["documents"], found["cut"]) == (4, 2)
+    assert "chats: 2 of asked are longer than 64 tokens and were measured up to there; raise row_length" in caplog.text
+
+
 def test_the_reward_model_that_rl_optimised_is_no_evidence(folders, packed_rows, tmp_path):
     only = dict(rows="", documents="", chats=(), tasks=(), safety="", memorisation=None, ratings=None)
     config = config_of(folders, packed_rows, tmp_path)
