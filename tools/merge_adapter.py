@@ -18,6 +18,7 @@ from jaxlm.base import files
 from jaxlm.base.errors import JaxlmError, UserError
 from jaxlm.hub import peft
 from jaxlm.hub.find import find_model
+from jaxlm.hub.tokenizers import read_template
 from jaxlm.model import layout
 from jaxlm.model.config import adapted
 from jaxlm.model.lora import joined, part_of
@@ -55,7 +56,7 @@ def merge(model: str, adapter: str, output: str) -> None:
         inputs={str(base.folder): base.manifest.hash, adapter: files.sha256(f"{adapter}/{peft.TENSORS}")},
         config={},
         facts={name: value for name, value in base.manifest.facts.items() if name in ("row_length", "hugging_face")},
-        chat_template=base.chat_template(),
+        chat_template=read_template(epath.Path(adapter), base.tokenizer()) or base.chat_template(),
     )
 
 

@@ -15,8 +15,9 @@ from jaxlm.model.lora import HIGHEST
 from jaxlm.model.weights import Definition, Params, Weight, initialize
 
 
-def require_targets(definition: Definition, config: LoRAConfig) -> None:
-    """Raises ConfigError for a target that names no matrix that takes adapters; `definition`: of the plain model."""
+def require_targets(definition: Definition, config: LoRAConfig, whose: str = "") -> None:
+    """Raises ConfigError for a target that names no matrix that takes adapters; `definition`: of the plain model, and
+    `whose` layers, where a run has several."""
     every = {w.name for _, w in definition if w.matrix and w.layers}
     for target in config.targets:
         alone = dataclasses.replace(config, targets=(target,))
@@ -24,7 +25,7 @@ def require_targets(definition: Definition, config: LoRAConfig) -> None:
             if any(lora.matches(target, name) for name in every):
                 raise ConfigError("lora.targets", f"{target!r} names routers alone, which stay frozen")
             known = [w for name in every if not name.endswith("/router") for w in (name, name.rpartition("/")[2])]
-            raise ConfigError("lora.targets", f"{target!r} is no matrix of the layers{nearest(target, known)}")
+            raise ConfigError("lora.targets", f"{target!r} is no matrix of the layers{whose}{nearest(target, known)}")
 
 
 def begin(definition: Definition, base: Params, seed: int, placed: Any) -> Params:

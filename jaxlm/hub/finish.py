@@ -8,12 +8,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlm.base import manifest
+from jaxlm.base import files, manifest
 from jaxlm.base.config import StageConfig, identity
 from jaxlm.base.logging import logger
 from jaxlm.hub import peft
 from jaxlm.model.config import LoRAConfig, ModelConfig
 from jaxlm.model.weights import Definition, Params
+from jaxlm.tokenizer import chat
 from jaxlm.tokenizer.chat import ChatTemplate
 from jaxlm.train import model_directory
 from jaxlm.train.loop import Outcome
@@ -71,6 +72,12 @@ class Tuned(Protocol):
     def merged(self, params: Params) -> Params: ...
 
 
+def warn_of_adapter(tuned: Tuned) -> None:
+    """Before a run: where its adapters will not be written beside its model, says so and why."""
+    if tuned.lora is not None:
+        peft.warn_unsaid(tuned.trained, tuned.model, tuned.lora)
+
+
 def write_tuned(
     config: StageConfig,
     outcome: Outcome,
@@ -91,7 +98,11 @@ def write_tuned(
     if tuned.lora is not None:  # before the merge, which may find no memory
         heads = {} if finished is None else {name: finished[name] for name in ("score", "score_bias")}
         beside = dataclasses.replace(tuned.model, config=shape)
-        peft.write(f"{config.workdir}/adapter", params | heads, tuned.trained, beside, tuned.lora)
+        folder = f"{config.workdir}/adapter"
+        said = peft.write(folder, params | heads, tuned.trained, beside, tuned.lora)
+        if said and chat_template is not None:  # the base has another, or none
+            source = chat_template.source.encode()
+            from_first(lambda: files.write_bytes(f"{folder}/{chat.FILE_NAME}", source))
     given: Any = dict(tokenizer=tuned.model.folder, inputs=inputs, facts=facts, chat_template=chat_template)
     write_model(config, outcome, tuned.merged(params) if finished is None else finished, shape, mesh, **given)
 

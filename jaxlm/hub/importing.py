@@ -16,6 +16,7 @@ from jaxlm.hub import generation, gguf, hugging_face, peft
 from jaxlm.hub.config import ImportConfig
 from jaxlm.hub.find import is_hugging_face
 from jaxlm.hub.opened import hash_of
+from jaxlm.hub.tokenizers import read_template
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Definition, Params
 from jaxlm.tokenizer import chat
@@ -109,6 +110,7 @@ def _template(config: ImportConfig, directory: hugging_face.HuggingFaceDirectory
     if config.chat_template:
         return chat.load(config.chat_template, directory.tokenizer())
     try:
-        return directory.chat_template()
+        own = read_template(epath.Path(config.adapter), directory.tokenizer()) if config.adapter else None
+        return own or directory.chat_template()
     except UserError as error:
         raise UserError(f"{error}; or import it with chat_template=none, or with another") from None

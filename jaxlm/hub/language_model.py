@@ -30,6 +30,7 @@ from jaxlm.hub.forward import SCORE_ROWS, padded, scoring_windows
 from jaxlm.hub.generation import Generation
 from jaxlm.hub.opened import open_model
 from jaxlm.hub.pooling import Pooling
+from jaxlm.hub.tokenizers import read_template
 from jaxlm.model.config import ModelConfig, adapted
 from jaxlm.model.lora import joined, part_of
 from jaxlm.model.transformer import for_inference
@@ -72,7 +73,8 @@ def load(
     `mesh` (of `jaxlm.base.sharding.make_mesh`) spreads it over devices; without one it lies on the first.
     `verify=False` skips the sha256 of its files. `compute` is the type of matrix products, in place of the model's own
     (of a Hugging Face directory: bfloat16 where most tensors are that, else float32). `adapter`: a directory of peft's,
-    LoRA or DoRA, which stays beside the model's matrices; with a reward model's heads it makes one of a language model.
+    LoRA or DoRA, which stays beside the model's matrices; with a reward model's heads it makes one of a language model,
+    and its chat template, where it has one, is taken for the model's.
     Raises UserError for folders without a finished model, for damaged ones, and for what is not understood of a Hugging
     Face directory.
     """
@@ -80,6 +82,7 @@ def load(
     config = dataclasses.replace(directory.config, compute=compute or directory.config.compute)
     definition = for_inference(config)[1]
     params = directory.load_params(definition, definition.shardings(mesh) if mesh else None)
+    template = None
     if adapter is not None:
         theirs = isinstance(directory, hugging_face.HuggingFaceDirectory)
         read = peft.read(adapter, directory.family if theirs else peft.family_of(directory), directory.config)
@@ -87,11 +90,12 @@ def load(
         definition = for_inference(config)[1]
         params = part_of(definition, joined(params, read.params()))
         params = jax.device_put(params, definition.shardings(mesh) if mesh else None)
+        template = read_template(epath.Path(adapter), directory.tokenizer())
     return LanguageModel(
         config,
         params,
         directory.tokenizer(),
-        chat_template=directory.chat_template(),
+        chat_template=template or directory.chat_template(),
         context_tokens=directory.context_tokens(),
         generation=Generation.read(directory.folder, getattr(directory, "values", {})),
         pooling=_pooling(directory),

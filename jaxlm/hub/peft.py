@@ -38,15 +38,17 @@ PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitud
 # What changes nothing of a finished adapter's products; `target_modules` are read off the tensors.
 INERT = (
     *("base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping", "peft_version"),
+    *("lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "runtime_config", "qalora_group_size"),
     *(
-        "lora_dropout",
-        "target_modules",
-        "fan_in_fan_out",
-        "runtime_config",
+        "layers_to_transform",
+        "layers_pattern",
         "ephemeral_gpu_offload",
-        "qalora_group_size",
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "megatron_core",
+        "init_lora_weights",
     ),
-    *("corda_config", "eva_config", "loftq_config", "megatron_core", "init_lora_weights", "exclude_modules"),
 )
 # These start from a changed base, which an adapter saved as it is does not have beside it.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -132,7 +134,8 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
     for module, tensor in (known | peft_experts.one_by_one(family, config)).items():
         if peft_experts.is_parameter(module) and module not in adapted:
             continue
-        own = dataclasses.replace(lora, **_own(values, module, str(where)))
+        named = module if module not in adapted or peft_experts.is_parameter(module) else f"{module}.weight"
+        own = dataclasses.replace(lora, **_own(values, named, str(where)))
         parts = _taken(given, peft_experts.where(module, adapted), tensor, own, f"{folder}/{TENSORS}")
         if not parts:
             continue
@@ -153,14 +156,20 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
         )
     if not tensors:
         raise UserError(f"{folder}/{TENSORS}: holds no adapter")
-    layers = [name for tensor in known.values() for name, _ in tensor.parts]
     kinds = sorted({_kind(name) for name in tensors})
-    for kind in kinds:
-        held, there = (sum(_kind(name) == kind for name in names) for names in (tensors, layers))
-        if held != there:
-            raise UserError(f"{folder}: {kind} has adapters in {held} of {there} layers; all are needed")
     found = _of_one_rank(dataclasses.replace(lora, targets=tuple(kinds)), tensors, ranks)
+    shapes = dict(part for tensor in known.values() for part in tensor.parts)
+    for name in sorted(name for name in shapes.keys() - tensors.keys() if _kind(name) in kinds):
+        if lora.dora:
+            raise UserError(f"{folder}: {name} has no adapter, as it has in other layers; with DoRA all are needed")
+        tensors[name] = _nothing(shapes[name], found.lora.rank)
     return dataclasses.replace(found, head=head)
+
+
+def _nothing(shape: tuple[int, ...], rank: int) -> dict[str, np.ndarray]:
+    """An adapter that changes nothing, for a layer that has none where others have."""
+    *experts, rows, columns = shape
+    return {"a": np.zeros((*experts, rows, rank), np.float32), "b": np.zeros((*experts, rank, columns), np.float32)}
 
 
 def _taken(
@@ -199,18 +208,21 @@ def _of_one_rank(lora: LoRAConfig, tensors: dict[str, dict[str, np.ndarray]], ra
 
 
 def _parameters(values: dict[str, Any], known: dict[str, Tensor], where: str) -> set[str]:
-    """Those of the known parameters of experts that have adapters."""
+    """Those of the known modules and parameters that are named as parameters."""
     targets = values.get("target_parameters") or []
     targets = targets if isinstance(targets, list) else [targets]
-    mine = [module for module in known if peft_experts.is_parameter(module)]
+    named = {module if peft_experts.is_parameter(module) else f"{module}.weight": module for module in known}
+    found = set()
     for target in targets:
-        if not any(module.endswith(f".{target}") for module in mine):
-            raise UserError(f"{where}: target_parameters={target!r} is not understood; experts' matrices are")
-    return {module for module in mine if any(module.endswith(f".{target}") for target in targets)}
+        meant = {module for name, module in named.items() if name.endswith(f".{target}")}
+        if not meant:
+            raise UserError(f"{where}: target_parameters={target!r} is not understood; matrices of the layers are")
+        found |= meant
+    return found
 
 
 def _own(values: dict[str, Any], module: str, where: str) -> dict[str, Any]:
-    """A module's own rank and alpha, of patterns that are names or their ends."""
+    """The own rank and alpha of a module, or of a parameter by its name, of patterns that are names or their ends."""
     found = {}
     for field, key in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
         pattern = values.get(key) or {}
@@ -263,6 +275,14 @@ def _config(values: Any, where: str) -> LoRAConfig:
         raise UserError(f"{where}: {error}") from None
 
 
+def warn_unsaid(trained: Definition, base: model_directory.ModelDirectory, lora: LoRAConfig) -> None:
+    """Before a run: says that `write` will write nothing, where peft has no form for what is `trained`."""
+    try:
+        _said(modules(family_of(base), base.config), trained.part(is_adapter), lora)
+    except UserError as error:
+        logger.warning("no adapter/ will be written, model/ will have all of it: %s", error)
+
+
 def write(
     folder: epath.PathLike, params: Params, trained: Definition, base: model_directory.ModelDirectory, lora: LoRAConfig
 ) -> bool:
@@ -273,10 +293,11 @@ def write(
     """
     try:
         known = modules(family_of(base), base.config)
-        made = _theirs(known, params, trained.part(is_adapter))
+        said = _said(known, trained.part(is_adapter), lora)
     except UserError as error:
         logger.info("%s is not written, model/ has all of it: %s", folder, error)
         return False
+    made = _theirs(said, params, trained.part(is_adapter))
     ranks = {module: parts["a"].shape[-1] for module, parts in made.items()}
     head = peft_head.trained(trained, params, base.config.criteria)
     last = {module.rpartition(".")[2]: rank for module, rank in ranks.items()}
@@ -284,6 +305,7 @@ def write(
         ranks = last
     ranks = {name: rank for name, rank in ranks.items() if rank != lora.rank}
     turned = {tensor.rule.turned for tensor in known.values()}
+    target_modules, target_parameters = peft_experts.targets(made, known)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if head is None else peft_head.TASK,
@@ -296,12 +318,11 @@ def write(
         "alpha_pattern": {
             name: lora.scale * (rank**0.5 if lora.rank_stabilised else rank) for name, rank in ranks.items()
         },
-        "lora_dropout": lora.dropout,
+        "lora_dropout": 0.0 if target_parameters else lora.dropout,  # there, peft refuses any
         "use_dora": lora.dora,
         "use_rslora": lora.rank_stabilised,
-        "target_modules": sorted({m.rpartition(".")[2] for m in made if not peft_experts.is_parameter(m)}),
-        "target_parameters": sorted({".".join(m.split(".")[-3:]) for m in made if peft_experts.is_parameter(m)})
-        or None,
+        "target_modules": target_modules,
+        "target_parameters": target_parameters or None,
         "bias": "none",
         "fan_in_fan_out": turned == {False},
         "inference_mode": True,
@@ -320,28 +341,34 @@ def write(
     return True
 
 
-def _theirs(known: dict[str, Tensor], params: Params, trained: Definition) -> dict[str, dict[str, np.ndarray]]:
-    """Their module → its adapter, still turned as ours. Raises UserError for what they cannot say."""
+def _said(known: dict[str, Tensor], adapters: Definition, lora: LoRAConfig) -> dict[str, Tensor]:
+    """Those of their modules that have adapters. Raises UserError for what they cannot say."""
+    ours = {name.partition("_lora_")[0] for _, w in adapters for name, _ in model_directory.tensor_shapes(w)}
+    said = {name for tensor in known.values() for name, _ in tensor.parts}
+    if unsaid := sorted({_kind(name) for name in ours - said}):
+        raise UserError(f"peft has no form for adapters of {', '.join(unsaid)}")
+    found = {module: tensor for module, tensor in known.items() if any(name in ours for name, _ in tensor.parts)}
+    _, parameters = peft_experts.targets(found, known)
+    if lora.dora and parameters:
+        raise UserError(f"peft has no DoRA beside {', '.join(parameters)}")
+    for tensor in found.values():
+        if lora.dora and not all(name in ours for name, _ in tensor.parts):
+            raise UserError(f"peft has no DoRA beside a part of {tensor.name} alone; target all of its parts")
+    return found
+
+
+def _theirs(said: dict[str, Tensor], params: Params, adapters: Definition) -> dict[str, dict[str, np.ndarray]]:
+    """Their module → its adapter, still turned as ours."""
     ours: dict[str, dict[str, np.ndarray]] = {}
-    for name, value in model_directory.host_tensors(trained, params):
+    for name, value in model_directory.host_tensors(adapters, params):
         whose, _, part = name.partition("_lora_")
         ours.setdefault(whose, {})[part] = np.asarray(value)
-    said = {name for tensor in known.values() for name, _ in tensor.parts}
-    if unsaid := sorted({_kind(name) for name in ours.keys() - said}):
-        raise UserError(f"adapters of {', '.join(unsaid)} have no form there")
-    made = {}
-    for module, tensor in known.items():
-        held = [ours.get(name, {}) for name, _ in tensor.parts]
-        if any(held):
-            made[module] = _joined(tensor, held)
-    peft_experts.require_sayable(made, known)
-    return made
+    held = lambda tensor: [ours.get(name, {}) for name, _ in tensor.parts]
+    return {module: _joined(tensor, held(tensor)) for module, tensor in said.items()}
 
 
 def _joined(tensor: Tensor, held: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """One adapter of theirs, of those of the parts that have one."""
-    if not all(held) and any("magnitude" in parts for parts in held):
-        raise UserError(f"DoRA beside a part of {tensor.name} alone has no form there; target all of its parts")
     own = [parts["a"] for parts in held if parts]
     rank = own[0].shape[-1]
     blocks, first = [], 0

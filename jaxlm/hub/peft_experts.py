@@ -4,10 +4,13 @@ transformers 5 has the experts' matrices of a layer in two parameters of one mod
 down_proj. An adapter of E experts is there A `[E r, in]`, expert by expert, and B `[out, r E]`, rank by rank; where
 both parameters have adapters, those of gate_up_proj stand under experts.base_layer. peft takes no DoRA beside either.
 Adapters of transformers 4, where each expert's matrices were modules, are read too.
+
+Named in `target_modules`, gate_proj, up_proj and down_proj of a model with experts are taken for the experts' of old,
+wherever they stand (`_convert_peft_config_moe`, 0.21). So those of dense layers and shared experts are named by their
+parameters as well, under which an adapter is stored and computed as ever.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -19,8 +22,7 @@ from jaxlm.model.transformer import for_inference
 from jaxlm.train import model_directory
 
 MODULE = "mlp.experts"
-# As target_modules, peft takes these for the experts' of old, wherever they stand (`_convert_peft_config_moe`, 0.21).
-OLD_NAMES = (".gate_proj", ".up_proj", ".down_proj")
+OLD_NAMES = {"gate_proj", "up_proj", "down_proj"}
 PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
@@ -71,15 +73,24 @@ def where(module: str, adapted: Collection[str]) -> str:
     return f"{path}.base_layer" if name == "gate_up_proj" and f"{path}.down_proj" in adapted else path
 
 
-def require_sayable(adapters: Mapping[str, Mapping[str, Any]], known: Iterable[str]) -> None:
-    """Raises UserError for adapters (module → "a", "b", ...) that peft has no form for, or would take for others."""
-    if not any(is_parameter(name) for name in known):
-        return
-    for name, parts in adapters.items():
-        if is_parameter(name) and "magnitude" in parts:
-            raise UserError("DoRA beside experts' matrices has no form there")
-        if not is_parameter(name) and name.endswith(OLD_NAMES):
-            raise UserError(f"adapters of {name}: peft takes these names for the experts' in a model that has some")
+def targets(adapted: Collection[str], known: Collection[str]) -> tuple[list[str], list[str]]:
+    """(`target_modules`, `target_parameters`) of adapters beside these of the known modules and parameters."""
+    mixture = any(is_parameter(name) for name in known)
+    named, parameters = set(), set()
+    for name in adapted:
+        last = name.rpartition(".")[2]
+        if is_parameter(name):
+            parameters.add(_in_its_layer(name))
+        elif mixture and last in OLD_NAMES:
+            parameters.add(f"{_in_its_layer(name)}.weight")
+        else:
+            named.add(last)
+    return sorted(named), sorted(parameters)
+
+
+def _in_its_layer(name: str) -> str:
+    """mlp.experts.down_proj of model.layers.0.mlp.experts.down_proj."""
+    return name.partition(".layers.")[2].partition(".")[2]
 
 
 def turned(part: str, value: np.ndarray) -> np.ndarray:

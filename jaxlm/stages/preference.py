@@ -29,7 +29,7 @@ from jaxlm.base import files, manifest, metrics, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
+from jaxlm.hub.finish import stopped_early, summary_with, warn_of_adapter, write_tuned
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.plan.flops import flops_per_token
@@ -160,6 +160,7 @@ def main(config: PreferenceConfig) -> dict[str, Any]:
         require_model_fits(config.mesh, jax.device_count(), model.config)
         encoder = records.Encoder(template, (config.criterion,), config.annotators)
         tuned = tune(config, mesh, model, model.config.scan_layers)
+        warn_of_adapter(tuned)
         batches, heldout = read_batches(config, mesh, model, encoder, lambda: watchdog.enter("eval"), tuned)
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
         program = _build(config, mesh, tuned)

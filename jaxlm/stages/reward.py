@@ -26,7 +26,7 @@ from jaxlm.base import files, manifest, sharding
 from jaxlm.base.metrics import Mean
 from jaxlm.feedback.records import RankingRecord
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
+from jaxlm.hub.finish import stopped_early, summary_with, warn_of_adapter, write_tuned
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
@@ -145,6 +145,7 @@ def main(config: RewardConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, steps=config.steps or batches.first_step(config.epochs))
         records.describe(config.workdir, batches, heldout)
         tuned, shape = tune(config, mesh, model, model.config.scan_layers), reward_shape(config, model)
+        warn_of_adapter(tuned)
         program, definition = _build(config, mesh, tuned), define_model(shape)
         held = RankingHeldout(config, program, tuned.measured, heldout)
         batches_from = lambda step, _: (placed_batch(mesh, b, config.batch_rows) for _, b in batches.batches(step))

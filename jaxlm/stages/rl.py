@@ -26,7 +26,7 @@ from jaxlm.base import manifest, sharding
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.metrics import Mean
 from jaxlm.hub.find import find_model
-from jaxlm.hub.finish import stopped_early, summary_with, write_tuned
+from jaxlm.hub.finish import stopped_early, summary_with, warn_of_adapter, write_tuned
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import Params
 from jaxlm.replay.blackbox import BlackBox
@@ -231,8 +231,9 @@ def open_models(config: RLConfig, verify: bool = True) -> Directories:
     if config.reward_model:
         reward = model_directory.read(find_model(config.reward_model, "reward_model"), verify=verify)
     if config.lora is not None:
-        for directory in (policy, *([reward] if config.ppo and reward else [])):  # PPO's value function is the latter
-            require_targets(define_model(directory.config), config.lora)
+        require_targets(define_model(policy.config), config.lora)
+        if config.ppo and reward:
+            require_targets(define_model(reward.config), config.lora, " of reward_model, where PPO's value starts")
         policy, reward = Quantising.of(policy), reward and Quantising.of(reward)
     return Directories(policy, reward).checked(config)
 
@@ -273,6 +274,8 @@ def main(config: RLConfig) -> dict[str, Any]:
         template = directories.policy.chat_template()
         sampler = sampler_of(config, directories.policy)
         asked, heldout = prompts.read_splits(config, template, sampler.encode)
+        tuned = Tuned(config.lora, shape, directories.policy, mesh, config.seed)
+        warn_of_adapter(tuned)
         models = define_models(config, directories, mesh)
         S = row_length(config, shape, mesh)
         frozen = load_frozen(directories, models, abstract_batch(config, models, mesh, S)["frozen"])
@@ -312,7 +315,6 @@ def main(config: RLConfig) -> dict[str, Any]:
         watchdog.enter("save")
         if jax.process_index() == 0:
             draw_frontier(config.workdir)
-        tuned = Tuned(config.lora, shape, directories.policy, mesh, config.seed)
         facts = {"summary": summary, "row_length": directories.policy.context_tokens()}
         facts |= {"temperature": config.temperature}
         made = outcome.state.policy.ema or outcome.state.policy.params

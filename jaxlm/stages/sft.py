@@ -31,7 +31,7 @@ from jaxlm.distill import teaching
 from jaxlm.evaluate.samples import with_samples
 from jaxlm.evaluate.training import HeldoutSet, evaluator, has_heldout
 from jaxlm.hub.find import find_model, inputs_of
-from jaxlm.hub.finish import stopped_early, summary_of, write_tuned
+from jaxlm.hub.finish import stopped_early, summary_of, warn_of_adapter, write_tuned
 from jaxlm.hub.opened import hash_of, open_model
 from jaxlm.plan.fit import require_batch_fits, require_model_fits
 from jaxlm.plan.flops import flops_per_token
@@ -168,6 +168,7 @@ def main(config: SFTConfig) -> dict[str, Any]:
         if loader.tokenizer_hash != model.tokenizer().hash:
             raise UserError("pretraining: was packed with another tokenizer than the model's; pack it again")
         tuned = tune(config, mesh, model, model.config.scan_layers)
+        warn_of_adapter(tuned)
         program = _build(config, mesh, tuned)
         general = f"{config.workdir}/general"
         sets = [HeldoutSet([rows])] if has_heldout(rows) else []

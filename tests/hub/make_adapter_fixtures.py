@@ -60,6 +60,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 2, "lora_alpha": 3, "target_modules": ["o_proj"], "lora_dropout": 0.0}
         | {"target_parameters": ["experts.down_proj"]},
     ),
+    "parameters": (
+        "deepseek-v2",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["o_proj"], "lora_dropout": 0.0}
+        | {"target_parameters": ["mlp.down_proj.weight", "shared_experts.up_proj.weight", "experts.gate_up_proj"]}
+        # Of a parameter by its own name; "shared_experts.up_proj" would find nothing.
+        | {"rank_pattern": {"experts.gate_up_proj": 4, "shared_experts.up_proj": 5, "mlp.down_proj.weight": 3}}
+        | {"alpha_pattern": {"up_proj.weight": 7, "mlp.down_proj": 9}},
+    ),
+    "some-layers": (
+        "llama",
+        {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    ),
 }
 
 

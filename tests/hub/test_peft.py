@@ -1,5 +1,6 @@
 """Adapters of Hugging Face's peft, in and out: its logits, from stored fixtures (make_adapter_fixtures.py)."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import safetensors.numpy
 
 import jaxlm
 from jaxlm.base.errors import UserError
-from jaxlm.hub import families, peft
+from jaxlm.hub import families, peft, peft_experts
 from jaxlm.hub.config import ImportConfig
 from jaxlm.model import lora
 from jaxlm.model.config import LoRAConfig, adapted
@@ -29,6 +30,7 @@ ADAPTERS = HERE / "adapters"
 NAMES = {"lora": "llama", "rslora": "llama", "dora": "llama"}
 NAMES |= {"fused": "phi3", "conv": "gpt2", "by-head": "pythia", "latent": "deepseek-v2"}
 NAMES |= {"experts": "mixtral", "experts-in-turn": "gpt-oss", "experts-down": "deepseek-v2"}
+NAMES |= {"parameters": "deepseek-v2", "some-layers": "llama"}
 TOOL = HERE / "make_adapter_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
@@ -68,7 +70,7 @@ def imported(base, workdir) -> model_directory.ModelDirectory:
 
 def numbers(directory, config):
     """A state's adapters of an imported model, none of them as it begins."""
-    trained = lora.trained(define_model(adapted(directory.config, config)))
+    trained = lora.trained(define_model(adapted(directory.config, dataclasses.replace(config, dropout=0.0))))
     noise = lambda path, x: x + 0.2 * jax.random.normal(jax.random.key(len(jax.tree_util.keystr(path))), x.shape)
     return trained, jax.tree_util.tree_map_with_path(noise, initialize(trained, 3))
 
@@ -91,7 +93,8 @@ EXPERTS = {
     "mixtral": LoRAConfig(rank=3, targets=("layers/experts/*", "query")),
     "gpt-oss": LoRAConfig(rank=2, rank_stabilised=True),
     "qwen3-moe": LoRAConfig(rank=2, targets=("layers/experts/up", "layers/experts/down")),
-    "deepseek-v3": LoRAConfig(rank=2, targets=("layers/experts/gate", "output")),
+    "deepseek-v3": LoRAConfig(rank=2),
+    "deepseek-v2": LoRAConfig(rank=2, dropout=0.1, targets=("layers/experts/shared/*", "layers/mlp/up", "output")),
 }
 
 
@@ -103,6 +106,9 @@ def test_adapters_of_experts_are_written_and_read_as_they_are(name, tmp_path):
     told = dict(model_directory.host_tensors(trained, params))
     found = peft.read(tmp_path / "adapter", peft.family_of(directory), directory.config)
     assert any(".experts." in whose for whose in found.tensors)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert not peft_experts.OLD_NAMES & {*config["target_modules"]}, "peft takes these for the experts'"
+    assert config["lora_dropout"] == 0, "peft refuses any where parameters are targets"
     assert {name.partition("_lora_")[0] for name in told} <= found.tensors.keys()
     for whose, parts in found.tensors.items():
         mine = [told.get(f"{whose}_lora_{part}") for part in "ab"]
@@ -110,12 +116,28 @@ def test_adapters_of_experts_are_written_and_read_as_they_are(name, tmp_path):
         np.testing.assert_allclose(found.lora.scale * parts["a"] @ parts["b"], change, atol=1e-6)
 
 
-def test_what_peft_would_take_for_other_adapters_of_a_mixture_is_not_written(tmp_path):
-    directory = imported(with_tokenizer("deepseek-v3", tmp_path), tmp_path / "run")
-    for kind in (LoRAConfig(rank=2, targets=("layers/experts/up",), dora=True), LoRAConfig(rank=2)):
-        trained, params = numbers(directory, kind)
-        assert not peft.write(tmp_path / "adapter", params, trained, directory, kind)
+UNSAID = {
+    "experts": ("deepseek-v3", ("layers/experts/down",), "peft has no DoRA beside mlp.experts.down_proj"),
+    "shared": ("deepseek-v3", ("layers/experts/shared/up",), "peft has no DoRA beside mlp.shared_experts.up_proj"),
+    "part": ("phi3", ("query",), "peft has no DoRA beside a part of model.layers.0.self_attn.qkv_proj.weight alone"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAID)
+def test_what_peft_has_no_form_for_is_told_before_the_run_and_not_written(case, tmp_path, caplog):
+    name, targets, message = UNSAID[case]
+    directory = imported(with_tokenizer(name, tmp_path), tmp_path / "run")
+    kind = LoRAConfig(rank=2, targets=targets, dora=True)
+    trained, params = numbers(directory, kind)
+    peft.warn_unsaid(trained, directory, kind)
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(": ")[2].startswith(message) for line in told] == [True]
+    assert not peft.write(tmp_path / "adapter", params, trained, directory, kind)
     assert not (tmp_path / "adapter").exists()
+    plain = dataclasses.replace(kind, dora=False)
+    caplog.clear()
+    peft.warn_unsaid(numbers(directory, plain)[0], directory, plain)
+    assert not caplog.records
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +150,7 @@ def test_targets_that_are_no_experts_matrices_are_refused(mixture, tmp_path):
     shutil.copytree(ADAPTERS / "experts", tmp_path / "other")
     config = tmp_path / "other/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"target_parameters": ["mlp.router"]}))
-    with pytest.raises(UserError, match=r"target_parameters='mlp.router' is not understood; experts' matrices are"):
+    with pytest.raises(UserError, match="target_parameters='mlp.router' is not understood; matrices of"):
         peft.read(tmp_path / "other", peft.family_of(mixture), mixture.config)
 
 
@@ -227,16 +249,36 @@ if PYTHON:
         assert np.abs(jaxlm.load(base, compute="float32").logits(ids) - expected).max() > 0.03
 
 
-def test_the_tool_merges_into_a_model_directory_of_ours(base, tmp_path):
+def merge_adapter():
     spec = importlib.util.spec_from_file_location("merge_adapter", HERE.parent.parent / "tools/merge_adapter.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_tool_merges_into_a_model_directory_of_ours(base, tmp_path):
+    tool = merge_adapter()
     imported(base, tmp_path / "run")
     given = [str(tmp_path / "run"), str(ADAPTERS / "dora"), str(tmp_path / "merged")]
     assert tool.main(given) == 0
     expected = safetensors.numpy.load_file(ADAPTERS / "dora/expected.safetensors")
     np.testing.assert_allclose(jaxlm.load(given[2]).logits(expected["ids"]), expected["logits"], atol=1e-4)
     assert tool.main(given) == 2, "nothing is overwritten"
+
+
+def test_the_chat_template_beside_an_adapter_is_the_one_it_was_trained_with(base, tmp_path):
+    own = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+    adapter, run = tmp_path / "adapter", tmp_path / "run"
+    shutil.copytree(ADAPTERS / "dora", adapter)
+    (adapter / "chat_template.jinja").write_text(own)
+    imported(base, run)
+    given = {"source": str(base), "adapter": str(adapter), "compute": "float32"}
+    import_.main(ImportConfig(workdir=f"{tmp_path}/imported", **given))
+    import_.main(ImportConfig(workdir=f"{tmp_path}/none", chat_template="none", **given))
+    assert merge_adapter().main([str(run), str(adapter), f"{tmp_path}/merged"]) == 0
+    for found in (jaxlm.load(run, adapter=adapter), *(jaxlm.load(tmp_path / name) for name in ("imported", "merged"))):
+        assert found.chat_template.source == own
+    assert jaxlm.load(tmp_path / "none").chat_template is None
 
 
 def edited(tmp_path, change=None, **values):
@@ -274,7 +316,7 @@ REFUSED = {
     "a layer without": (
         {},
         lambda t: [t.pop(name) for name in [*t] if name.startswith(QUERY)],
-        "layers/attention/query has adapters in 2 of 3 layers",
+        "layers.1.attention.query has no adapter, as it has in other layers; with DoRA all are needed",
     ),
 }
 
@@ -299,8 +341,8 @@ def test_matrices_that_lie_in_one_share_an_adapter_there(name, dora, tmp_path):
     base = with_tokenizer(name, tmp_path)
     directory = imported(base, tmp_path / "run")
     targets = ("layers/attention/*", "layers/mlp/*") if dora else ("query", "value", "up")
-    if name == "deepseek-v2":  # peft takes `up` of a mixture of experts with `gate` alone
-        targets = ("key", "value", "shared_key", "output")
+    if name == "deepseek-v2":
+        targets = ("key", "value", "shared_key", "output", "layers/mlp/gate", "layers/experts/shared/down")
     kind = LoRAConfig(rank=2, alpha=3.0, dora=dora, targets=targets)
     trained, params = numbers(directory, kind)
     folder = tmp_path / "adapter"
@@ -318,11 +360,3 @@ def test_matrices_that_lie_in_one_share_an_adapter_there(name, dora, tmp_path):
         subprocess.run([PYTHON, TOOL, "check", base, folder], check=True)
         theirs = safetensors.numpy.load_file(folder / "logits.safetensors")["logits"]
         np.testing.assert_allclose(theirs, expected, atol=1e-4)
-
-
-def test_dora_beside_a_part_of_a_shared_matrix_is_not_written(tmp_path):
-    directory = imported(with_tokenizer("phi3", tmp_path), tmp_path / "run")
-    kind = LoRAConfig(rank=2, dora=True, targets=("query",))
-    trained, params = numbers(directory, kind)
-    assert not peft.write(tmp_path / "adapter", params, trained, directory, kind)
-    assert not (tmp_path / "adapter").exists()

@@ -1,12 +1,10 @@
 """Reward models' adapters in peft's format: its own rewards, from stored fixtures (make_adapter_fixtures.py)."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from test_peft import ADAPTERS, HERE, PYTHON, TOOL, imported, numbers, with_tokenizer
+from test_peft import ADAPTERS, PYTHON, TOOL, imported, merge_adapter, numbers, with_tokenizer
 
 import jaxlm
 from jaxlm.base import sharding
@@ -40,10 +38,7 @@ def rewards(lm, ids) -> np.ndarray:
 
 
 def merge(*given) -> int:
-    spec: Any = importlib.util.spec_from_file_location("merge_adapter", HERE.parent.parent / "tools/merge_adapter.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main([str(path) for path in given])
+    return merge_adapter().main([str(path) for path in given])
 
 
 @pytest.fixture(scope="module")
