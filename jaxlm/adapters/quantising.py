@@ -1,14 +1,16 @@
 """Models whose frozen matrices are quantised while they are read."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.base.arrays import Array
 from jaxlm.model.config import Base
 from jaxlm.model.lora import joined
-from jaxlm.model.quantised import quantise
+from jaxlm.model.quantised import BLOCK, LEVELS
 from jaxlm.model.weights import Definition, Params, Weight
 from jaxlm.train.model_directory import ModelDirectory
 
@@ -40,6 +42,23 @@ class Quantising(ModelDirectory):
             node[name], node[scales] = make(node[name], base=BASES[declared.dtype])
             params = joined(params, read)
         return params
+
+
+def quantise(kernel: Array, base: Base) -> tuple[Array, Array]:
+    """(codes, scales) of a matrix, or of several along first axes; the nearest of what there is."""
+    kernel = kernel.astype(jnp.float32)
+    *first, D, F = kernel.shape
+    size = D if base == "int8" else BLOCK
+    blocks = jnp.pad(kernel, [(0, 0)] * len(first) + [(0, -D % size), (0, 0)]).reshape(*first, -1, size, F)
+    scale = jnp.max(jnp.abs(blocks), axis=-2) / (127 if base == "int8" else 1)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    scaled = (blocks / scale[..., None, :]).reshape(*first, -1, F)[..., :D, :]
+    if base == "int8":
+        return jnp.round(scaled).astype(jnp.int8), scale
+    codes = jnp.zeros(scaled.shape, jnp.uint8)
+    for low, high in itertools.pairwise(LEVELS):
+        codes += (scaled > (low + high) / 2).astype(jnp.uint8)
+    return codes[..., ::2, :] | codes[..., 1::2, :] << 4, scale
 
 
 def is_quantised(declared: Weight) -> bool:

@@ -326,9 +326,9 @@ class LoRAConfig:
     dora: bool = False
     """Learns the length of each column by itself, beside its direction (DoRA, arXiv:2402.09353)."""
     base: Base = "compute"
-    """How the frozen matrices of attention and MLP are stored: in the compute type (16 bits in bfloat16); int8; nf4,
-    4.5 bits (QLoRA, arXiv:2305.14314). They are made whole layer by layer as they are used. Embedding, head and experts
-    stay in the compute type."""
+    """How the frozen matrices of attention, MLP and experts are stored: in the compute type (16 bits in bfloat16);
+    int8; nf4, 4.5 bits (QLoRA, arXiv:2305.14314). They are made whole layer by layer as they are used. Embedding, head
+    and routers stay in the compute type."""
 
     def __post_init__(self):
         check(self.rank >= 1, "rank", f"got {self.rank}; 1 or more is needed")

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxlm.base import precision
 from jaxlm.base.arrays import Array, Bool, Float, Float32, Int
 from jaxlm.base.sharding import constrain, fitting_spec
-from jaxlm.model import lora
+from jaxlm.model import lora, quantised
 from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig
 from jaxlm.model.layers import MLP, gated
 from jaxlm.model.weights import Constant, Normal, weight
@@ -115,7 +115,7 @@ class Experts(nnx.Module):
     def _kernels(self) -> dict[str, Array]:
         """Matrices, biases, adapters and, of DoRA's, each column's magnitude over its norm, by name."""
         names = ("gate", "up", "down")
-        own = [f"{name}{part}" for name in names for part in ("", "_bias", "_lora_a", "_lora_b")]
+        own = [f"{name}{part}" for name in names for part in ("", "_scale", "_bias", "_lora_a", "_lora_b")]
         held = {name: getattr(self, name)[...] for name in own if hasattr(self, name)}
         ratios = {f"{name}_lora_ratio": lora.ratio(self, name) for name in names}
         return held | {name: ratio for name, ratio in ratios.items() if ratio is not None}
@@ -126,7 +126,10 @@ class Experts(nnx.Module):
         kind = precision.dtype(self.config.compute)
 
         def times(rows: Array, name: str) -> Array:
-            out = product(rows.astype(kind), kernels[name].astype(kind))
+            whole = lambda rows, held: product(rows, quantised.matrix(held, name).astype(kind))
+            if f"{name}_scale" in kernels:  # for its gradient codes are kept, and W made anew
+                whole = jax.checkpoint(whole)
+            out = whole(rows.astype(kind), {key: kernels[key] for key in (name, f"{name}_scale") if key in kernels})
             a, b, ratio, bias = (kernels.get(f"{name}_{part}") for part in ("lora_a", "lora_b", "lora_ratio", "bias"))
             if a is not None and b is not None:
                 low = product(rows.astype(kind), a.astype(kind)).astype(kind)
@@ -144,7 +147,8 @@ class Experts(nnx.Module):
             return self._grouped(x, choices, weights, kernels, gather=False, split=False, inner=False)
         # The partitioner knows no grouped products: each device runs them on its own tokens and experts.
         rows = fitting_spec(mesh.shape, ("batch", "sequence", None), x.shape)
-        placed = {name: fitting_spec(mesh.shape, _axes(name), k.shape) for name, k in kernels.items()}
+        tensor = "mlp" if self._divides(kernels, mesh.shape["tensor"]) else None
+        placed = {name: fitting_spec(mesh.shape, _axes(name, tensor), k.shape) for name, k in kernels.items()}
         experts = placed["up"][0] is not None
         whole = rows[0] is None  # every device has all rows already
         inner = placed["up"][2] is not None
@@ -152,6 +156,11 @@ class Experts(nnx.Module):
         in_specs = (rows, rows, rows, placed)
         sharded = jax.shard_map(run, in_specs=in_specs, out_specs=rows, check_vma=False)
         return sharded(x, choices, weights, kernels)
+
+    def _divides(self, kernels: dict[str, Array], parts: int) -> bool:
+        """Whether so many parts of the inner width hold whole blocks of what has a scale."""
+        blocks = kernels["down_scale"].shape[1] if "down_scale" in kernels else 1
+        return blocks == 1 or self.config.experts.feed_forward % (quantised.BLOCK * parts) == 0
 
     def _grouped(
         self, x: Array, choices: Array, weights: Array, kernels: Any, *, gather: bool, split: bool, inner: bool
@@ -165,8 +174,7 @@ class Experts(nnx.Module):
         own = jnp.where((own >= 0) & (own < E), own, E)  # E: another device's, or padding
         order = jnp.argsort(own)
         ids = own[order]
-        member = ids[:, None] == jnp.arange(E)[None, :]
-        sizes = jnp.sum(member, axis=0, dtype=jnp.int32)
+        sizes = jnp.sum(ids[:, None] == jnp.arange(E)[None, :], axis=0, dtype=jnp.int32)
         # Rows past the groups are nobody's: what a product leaves there must not come back, nor its gradient.
         mine = ids[:, None] < E
         # Copies first: a permutation's gradient is one too, and the same sum of k on every device and every time.
@@ -176,7 +184,9 @@ class Experts(nnx.Module):
             first = jax.lax.axis_index("tensor") == 0
             kernels = kernels | {"down_bias": jnp.where(first, kernels["down_bias"], 0.0)}
         product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
-        spread = lambda each: jnp.matmul(member.astype(jnp.float32), each, precision=jax.lax.Precision.HIGHEST)
+        ones = jnp.ones((len(ids), 1))
+        # A grouped product too: nothing but `sizes` waits for its gradient, which looks at no row past the groups.
+        spread = lambda each: product(ones, each[:, None, :], precision=jax.lax.Precision.HIGHEST)
         out = self._mlp(rows, kernels, product, spread)
         out = _permuted(jnp.where(mine, out, 0.0), jnp.argsort(order))
         out = jnp.sum(weights[..., None] * out.reshape(B, S, k, D), axis=2)
@@ -224,11 +234,11 @@ def _in_best_groups(scores: Float32[Array, "B S E"], c: ExpertsConfig) -> Float3
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
-def _axes(name: str) -> tuple[str | None, ...]:
-    """Where the dropless products want a matrix, or what belongs to it."""
-    rows, columns = ("mlp", None) if name.startswith("down") else (None, "mlp")
-    ends = {"lora_a": (rows, None), "lora_b": (None, columns)}
-    return ("experts", *ends.get(name.partition("_")[2], (rows, columns) if "_" not in name else (columns,)))
+def _axes(name: str, inner: str | None) -> tuple[str | None, ...]:
+    """Where the dropless products want a matrix, or what belongs to it, whose inner width has that axis."""
+    rows, columns = (inner, None) if name.startswith("down") else (None, inner)
+    ends = {"lora_a": (rows, None), "lora_b": (None, columns), "": (rows, columns), "scale": (rows, columns)}
+    return ("experts", *ends.get(name.partition("_")[2], (columns,)))
 
 
 def _permuted(x: Float[Array, "M D"], order: Int[Array, "M"]) -> Float[Array, "M D"]:

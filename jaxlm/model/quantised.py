@@ -6,12 +6,12 @@ In place of a matrix W [in, out] its module has codes under the same name and fl
     nf4     query uint8 [in / 2, out], the codes of rows 2i and 2i + 1 in the low and the high half of a byte;
             query_scale [in / 64 rounded up, out]: W = scale · LEVELS[code], the largest of 64 rows of a column at ±1
 
-A whole matrix lives while its layer runs, forward and backward; libraries that quantise a finished tree of parameters
-make all layers' before the scan over them begins. Scales are not quantised a second time: nf4 takes 4.5 bits a number.
+Those of experts have their axis in front. A whole matrix lives while its layer runs, forward and backward; libraries
+that quantise a finished tree of parameters make all layers' before the scan over them begins. Scales are not quantised
+a second time: nf4 takes 4.5 bits a number.
 """
 
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,38 +35,17 @@ LEVELS = (
 
 
 def declare(part: nnx.Module, base: Base) -> None:
-    """Declares codes and scales in place of a part's matrices; adapters stay."""
+    """Declares codes and scales in place of a part's matrices, those of experts each by itself; adapters stay."""
     for name, value in list(vars(part).items()):
-        if (
-            base == "compute"
-            or "_lora_" in name
-            or not isinstance(value, nnx.Param)
-            or not value.get_metadata()["matrix"]
-        ):
+        kept = base == "compute" or "_lora_" in name or name == "router"  # whose products are float32
+        if kept or not isinstance(value, nnx.Param) or not value.get_metadata()["matrix"]:
             continue
-        (D, F), (rows, columns) = value.get_value().shape, value.get_metadata()["axes"]
+        (*E, D, F), (*e, rows, columns) = value.get_value().shape, value.get_metadata()["axes"]
         if base == "nf4" and D % 2:
             raise ConfigError("lora.base", f"nf4 keeps two rows in a byte, and {name} has {D}; take int8")
         kind, stored, blocks = (jnp.int8, D, 1) if base == "int8" else (jnp.uint8, D // 2, -(-D // BLOCK))
-        setattr(part, name, weight((stored, F), (rows, columns), Constant(0), kind=kind))
-        setattr(part, f"{name}_scale", weight((blocks, F), (f"{rows}_blocks", columns), Constant(1.0)))
-
-
-def quantise(kernel: Array, base: Base) -> tuple[Array, Array]:
-    """(codes, scales) of a matrix, or of several along first axes; the nearest of what there is."""
-    kernel = kernel.astype(jnp.float32)
-    *first, D, F = kernel.shape
-    size = D if base == "int8" else BLOCK
-    blocks = jnp.pad(kernel, [(0, 0)] * len(first) + [(0, -D % size), (0, 0)]).reshape(*first, -1, size, F)
-    scale = jnp.max(jnp.abs(blocks), axis=-2) / (127 if base == "int8" else 1)
-    scale = jnp.where(scale > 0, scale, 1.0)
-    scaled = (blocks / scale[..., None, :]).reshape(*first, -1, F)[..., :D, :]
-    if base == "int8":
-        return jnp.round(scaled).astype(jnp.int8), scale
-    codes = jnp.zeros(scaled.shape, jnp.uint8)
-    for low, high in itertools.pairwise(LEVELS):
-        codes += (scaled > (low + high) / 2).astype(jnp.uint8)
-    return codes[..., ::2, :] | codes[..., 1::2, :] << 4, scale
+        setattr(part, name, weight((*E, stored, F), (*e, rows, columns), Constant(0), kind=kind))
+        setattr(part, f"{name}_scale", weight((*E, blocks, F), (*e, f"{rows}_blocks", columns), Constant(1.0)))
 
 
 def dequantised(codes: Array, scale: Array) -> Array:

@@ -106,7 +106,7 @@ class Block(nnx.Module):
             for name, part in parts.items():
                 if part is not None and config.adapters:
                     lora.declare(part, f"layers/{name}", config.lora)
-                if part is not None and "experts" not in name:
+                if part is not None:
                     quantised.declare(part, config.lora.base)
         self.kind, self.place, self.parallel = kind, config.norm_place, config.parallel_mlp
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.adapters.quantising import quantise
 from jaxlm.adapters.weights import merged
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import make_mesh
-from jaxlm.model import layout, lora
+from jaxlm.model import layout, lora, quantised
 from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig
 from jaxlm.model.experts import Experts
 from jaxlm.model.transformer import define_model, empty_cache, for_inference
@@ -116,6 +117,46 @@ def test_adapters_of_experts_are_the_experts_merged_in_both_ways():
         np.testing.assert_allclose(out, run(plain, merged(params, adapters), *inputs())[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("adapters", [None, LoRAConfig(rank=3, dora=True)])
+def test_what_a_product_leaves_past_its_groups_is_nobodys(adapters, monkeypatch):
+    """Some platforms' grouped products write nothing there: here it is made to be no number, both ways."""
+    _, definition, params = made("clamped, biases", adapters)
+    x, real = inputs()
+
+    def gradients():
+        loss = lambda params, x: jnp.sum(jnp.sin(apply(definition, params, lambda m: m(x, real))[0]))
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    expected, product, seen = gradients(), jax.lax.ragged_dot, []
+
+    def careless(rows, kernels, group_sizes, **more):
+        past = (jnp.arange(len(rows)) >= jnp.sum(group_sizes))[:, None]
+        seen.append(int(jnp.sum(past)))
+
+        @jax.custom_vjp
+        def left(rows):
+            return jnp.where(past, jnp.nan, rows)
+
+        left.defvjp(lambda rows: (left(rows), None), lambda _, g: (jnp.where(past, jnp.nan, g),))
+        return left(product(left(rows), kernels, group_sizes, **more))
+
+    monkeypatch.setattr(jax.lax, "ragged_dot", careless)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients(), expected)
+    assert min(seen) == 2 * 9, "two choices of each row of padding"
+
+
+def test_a_step_keeps_no_scale_spread_over_the_rows():
+    """Of what remat="dots" keeps, nothing is as large as [B S k, F] but what it is told to."""
+    _, definition, params = made("clamped, biases", LoRAConfig(rank=3, dora=True))
+    x, real = inputs()
+    loss = lambda params: jnp.sum(jnp.sin(apply(definition, params, lambda m: m(x, real))[0]))
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    kept = jax.vjp(jax.checkpoint(loss, policy=policy), params)[1]
+    shapes = {leaf.shape for leaf in jax.tree.leaves(kept)}
+    assert shapes
+    assert not [shape for shape in shapes if shape[0] == B * S * K]
+
+
 def test_the_first_tokens_take_the_places_and_the_rest_is_dropped():
     """Capacity 1 of 4 experts, 2 of them chosen, by 6 tokens that all choose alike: 3 places each, 3 tokens without."""
     _, definition, params = made("softmax", capacity=1.0)
@@ -190,6 +231,29 @@ def test_eight_devices_equal_one(name, capacity, mesh, adapters):
         np.testing.assert_allclose(a / size, b / size, atol=1e-5)
 
 
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+@pytest.mark.parametrize(("base", "width"), [("int8", 24), ("nf4", 24), ("nf4", 128)])
+def test_codes_of_experts_on_eight_devices_equal_those_on_one(base, width, capacity):
+    """A width of 24 is a block of nf4 that two devices cannot share, one of 128 is a block for each."""
+    config, _, params = made("softmax", capacity=capacity, feed_forward=width)
+    experts = Experts(config)
+    quantised.declare(experts, base)
+    definition = define(experts, "float32")
+    for name in ("gate", "up", "down"):
+        params[name], params[f"{name}_scale"] = quantise(params[name], base)
+    params = {name: params[name] for name in definition.abstract()}
+    x, real = inputs()
+    loss = lambda x: jnp.sum(jnp.sin(apply(definition, params, lambda m: m(x, real))[0]))
+    one = jax.value_and_grad(loss)(x)
+    mesh = make_mesh(MESHES[0])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, definition.shardings(mesh))
+        many = jax.jit(jax.value_and_grad(loss))(x)
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        size = max(1.0, float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a / size, b / size, atol=1e-5)
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_done_whole():
     _, definition, params = made("softmax")
     x, real = (part[:1, :5] for part in inputs())
@@ -198,13 +262,17 @@ def test_a_batch_that_the_mesh_does_not_divide_is_done_whole():
     np.testing.assert_allclose(out, run(definition, params, x, real)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("adapters", [None, LoRAConfig(rank=3, dora=True)])
 @pytest.mark.parametrize("capacity", [0.0, 2.0])
-def test_gradients_in_bfloat16_follow_those_in_float32(capacity):
-    config, _, params = made("softmax", capacity=capacity)
+def test_gradients_in_bfloat16_follow_those_in_float32(capacity, adapters):
+    config, _, params = made("softmax", adapters, capacity=capacity)
     x, real = inputs()
 
     def gradient(compute):
-        definition = define(Experts(dataclasses.replace(config, compute=compute)), compute)
+        experts = Experts(dataclasses.replace(config, compute=compute))
+        if adapters is not None:
+            lora.declare(experts, "layers/experts", adapters)
+        definition = define(experts, compute)
         narrow = x.astype(compute)
         loss = lambda params: jnp.sum(run(definition, params, narrow, real)[0].astype(jnp.float32) ** 2)
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(loss)(params))])

@@ -10,17 +10,22 @@ import numpy as np
 import pytest
 
 from jaxlm.adapters import weights
+from jaxlm.adapters.quantising import quantise
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError
 from jaxlm.base.sharding import make_mesh
 from jaxlm.model import layout, lora, quantised
-from jaxlm.model.config import LoRAConfig, ModelConfig, adapted
+from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig, adapted
 from jaxlm.model.transformer import define_model, for_inference
 from jaxlm.model.weights import apply, initialize
 
 SHAPE = ModelConfig(
     vocab_size=37, layers=3, width=16, heads=4, kv_heads=2, feed_forward=72, biases=("qkv",), compute="float32"
 ).complete()
+MIXTURE = dataclasses.replace(
+    SHAPE, experts=ExpertsConfig(count=4, chosen=2, feed_forward=72, shared=1, first_dense=1)
+).complete()
+LIMITED = dataclasses.replace(MIXTURE, experts=dataclasses.replace(MIXTURE.experts, capacity=4.0))
 IDS = jax.random.randint(jax.random.key(0), (2, 9), 0, 37)
 BASES = ("int8", "nf4")
 
@@ -36,11 +41,11 @@ def test_the_levels_are_those_of_the_paper():
 
 def test_codes_by_hand():
     column = jnp.array([[-4.0], [2.0], [0.3], [0.0]])
-    codes, scale = quantised.quantise(column, "int8")
+    codes, scale = quantise(column, "int8")
     assert codes.dtype == jnp.int8
     np.testing.assert_array_equal(codes[:, 0], [-127, 64, 10, 0])  # 63.5 to the even one, 9.525 up
     np.testing.assert_allclose(scale, [[4 / 127]])
-    codes, scale = quantised.quantise(column, "nf4")
+    codes, scale = quantise(column, "nf4")
     assert (codes.dtype, codes.shape, scale.shape) == (jnp.uint8, (2, 1), (1, 1))
     # -1 is code 0; .5 lies nearer to .4407 (12) than to .5626 (13); .075 is nearest to .0796 (8); 0 is 7.
     np.testing.assert_array_equal(codes[:, 0], [0 | 12 << 4, 8 | 7 << 4])
@@ -52,7 +57,7 @@ def test_codes_by_hand():
 @pytest.mark.parametrize("rows", [2, 64, 70, 192])
 def test_what_is_quantised_is_near_and_its_own_quantisation(base, rows):
     kernel = jax.random.normal(jax.random.key(1), (3, rows, 5)).at[1, :, 2].set(0.0)
-    codes, scale = quantised.quantise(kernel, base)
+    codes, scale = quantise(kernel, base)
     whole = quantised.dequantised(codes, scale)
     assert whole.shape == kernel.shape
     block = rows if base == "int8" else 64
@@ -63,7 +68,7 @@ def test_what_is_quantised_is_near_and_its_own_quantisation(base, rows):
         step = 0.5 / 127 if base == "int8" else 0.5 * (1 - 0.6961928)
         assert jnp.all(jnp.abs(part - near) <= step * largest * 1.0001)
     np.testing.assert_array_equal(whole[1, :, 2], 0.0)
-    again, _ = quantised.quantise(whole, base)
+    again, _ = quantise(whole, base)
     np.testing.assert_array_equal(again, codes)
 
 
@@ -86,7 +91,7 @@ def both(kind: LoRAConfig, shape: ModelConfig = SHAPE):
             if isinstance(value, dict):
                 made[name], wholes[name] = split(value, declared[name])
             elif f"{name}_scale" in declared:
-                made[name], made[f"{name}_scale"] = quantised.quantise(value, kind.base)
+                made[name], made[f"{name}_scale"] = quantise(value, kind.base)
                 wholes[name] = quantised.dequantised(made[name], made[f"{name}_scale"])
             else:
                 made[name] = wholes[name] = value
@@ -110,14 +115,29 @@ def logits(definition, base, changes, ids=IDS):
 
 
 @pytest.mark.parametrize(
-    ("base", "dora"),
+    ("base", "dora", "shape"),
     [
-        ("nf4", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("nf4", False), ("int8", False), ("int8", True))),
+        ("nf4", True, SHAPE),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("nf4", False, SHAPE),
+                ("int8", False, SHAPE),
+                ("int8", True, SHAPE),
+                ("nf4", True, MIXTURE),
+                ("int8", True, MIXTURE),
+                ("int8", False, LIMITED),
+                ("nf4", True, LIMITED),
+            )
+        ),
     ],
 )
-def test_a_model_over_codes_is_the_model_over_what_they_stand_for(base, dora):
-    coded, whole, changes = both(LoRAConfig(rank=3, alpha=7.0, dora=dora, base=base))
+def test_a_model_over_codes_is_the_model_over_what_they_stand_for(base, dora, shape):
+    coded, whole, changes = both(LoRAConfig(rank=3, alpha=7.0, dora=dora, base=base), shape)
+    kinds = {str(path[-1].key): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(coded[1])}
+    assert {name for name, kind in kinds.items() if kind in (jnp.int8, jnp.uint8)} == {
+        *("query", "key", "value", "output", "gate", "up", "down")
+    }
     np.testing.assert_allclose(logits(*coded, changes), logits(*whole, changes), atol=2e-6)
     loss = lambda definition, base: lambda changes: jnp.sum(jnp.sin(logits(definition, base, changes)))
     ours, theirs = (jax.grad(loss(*one))(changes) for one in (coded, whole))
@@ -126,7 +146,7 @@ def test_a_model_over_codes_is_the_model_over_what_they_stand_for(base, dora):
     # And the plain model that is made of it.
     config = LoRAConfig(rank=3, alpha=7.0, dora=dora)
     merged = weights.merged(lora.joined(coded[1], changes), config)
-    np.testing.assert_allclose(logits(define_model(SHAPE), merged, {}), logits(*coded, changes), atol=1e-4)
+    np.testing.assert_allclose(logits(define_model(shape), merged, {}), logits(*coded, changes), atol=1e-4)
 
 
 def test_unrolled_and_in_the_compute_type():
@@ -142,11 +162,15 @@ def test_unrolled_and_in_the_compute_type():
     np.testing.assert_allclose(logits(definition, params, {}), logits(*coded, changes), atol=0.15)
 
 
+FEW = ExpertsConfig(count=4, chosen=1, feed_forward=192)
+
+
 def bytes_of_a_step(
-    kind: LoRAConfig, remat: str = "none", scan_layers: bool = True, layers: int = 12
+    kind: LoRAConfig, remat: str = "none", scan_layers: bool = True, layers: int = 12, **fields: ExpertsConfig
 ) -> tuple[int, int, int]:
     """(of the frozen base, of temporaries, of one layer's matrices in the compute type)."""
-    shape = dataclasses.replace(SHAPE, layers=layers, width=256, heads=4, kv_heads=4, feed_forward=768, head_size=64)
+    shape = dataclasses.replace(SHAPE, layers=layers, width=256, heads=4, kv_heads=4, feed_forward=768, **fields)
+    shape = dataclasses.replace(shape, head_size=64)
     shape = dataclasses.replace(shape, compute="bfloat16", remat=remat, vocab_size=64)
     shape = dataclasses.replace(shape, scan_layers=scan_layers).complete()
     definition = define_model(adapted(shape, kind), jnp.bfloat16)
@@ -185,13 +209,14 @@ def test_scales_are_divided_where_the_mesh_divides_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_no_step_holds_all_layers_whole(remat):
+@pytest.mark.parametrize("experts", [ExpertsConfig(), FEW, dataclasses.replace(FEW, capacity=1.0)])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_step_holds_all_layers_whole(remat, experts):
     """The gradient of a scan would keep every layer's matrix, made whole, for the way back."""
-    of_compute, _, layer = bytes_of_a_step(LoRAConfig(rank=2), remat)
+    of_compute, _, layer = bytes_of_a_step(LoRAConfig(rank=2), remat, experts=experts)
     for base, share in (("int8", 0.52), ("nf4", 0.30)):
-        size, temporary, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat)
-        _, of_twice_as_many, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat, layers=24)
+        size, temporary, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat, experts=experts)
+        _, of_twice_as_many, _ = bytes_of_a_step(LoRAConfig(rank=2, base=base), remat, layers=24, experts=experts)
         assert size < share * of_compute
         # Of twelve more layers, their activations: whole, they would take twelve times a layer's bytes.
         assert of_twice_as_many - temporary < 4 * layer

@@ -4,20 +4,26 @@ What is held: it compiles with the splash kernel, fits the chip's memory, and mo
 """
 
 import dataclasses
+import math
 import os
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxlm.__main__ import make_config
 from jaxlm.base.config import MeshConfig
-from jaxlm.base.sharding import make_mesh
+from jaxlm.base.sharding import batch_sharding, make_mesh
 from jaxlm.config_files import load_config_file
-from jaxlm.model.config import ExpertsConfig, LatentConfig, ModelConfig
+from jaxlm.model import lora
+from jaxlm.model.config import ExpertsConfig, LatentConfig, LoRAConfig, ModelConfig, adapted
+from jaxlm.model.transformer import define_model
+from jaxlm.model.weights import apply
 from jaxlm.stages import pretrain
 from jaxlm.stages.config import PretrainConfig
 from jaxlm.train.config import ScheduleConfig
+from jaxlm.train.state import with_shardings
 
 pytest.importorskip("libtpu", reason="the tpu extra is not installed; CI installs it")
 pytestmark = [pytest.mark.slow, pytest.mark.tpu_compiler]
@@ -36,14 +42,17 @@ def _not_kept():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
-def compile_step(config, topology, mesh_config):
+def tpu_mesh(topology, mesh_config):
     from jax.experimental import topologies
 
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     # There is no TPU to share: without it a second process that loads the library finds it locked.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(mesh_config, devices)
+    return make_mesh(mesh_config, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def compile_step(config, topology, mesh_config):
+    mesh = tpu_mesh(topology, mesh_config)
     with jax.set_mesh(mesh):
         program = pretrain.build(config, mesh)
         return program.step.lower(program.abstract_state, program.abstract_batch).compile()
@@ -134,6 +143,41 @@ def test_the_step_of_a_mixture_of_experts():
     compiled = compile_step(config, "v5e:4x4", MeshConfig(data=1, fsdp=2, expert=4, tensor=2))
     assert {"all-gather", "reduce-scatter"} <= set(collectives(compiled))
     assert memory(compiled) < 2 * GIB  # seen: 1.12
+
+
+def test_adapters_over_a_mixture_in_four_bits():
+    """Codes are gathered and made whole on the chip, layer by layer, and DoRA's scales are spread over the rows."""
+    shape = ModelConfig(
+        vocab_size=4096,
+        layers=12,
+        width=512,
+        heads=4,
+        attention="plain",
+        remat="full",
+        biases=("mlp",),
+        experts=ExpertsConfig(count=16, chosen=4, feed_forward=256, shared=1),
+    ).complete()
+    definition = define_model(adapted(shape, LoRAConfig(rank=8, dora=True, base="nf4")), jnp.dtype(jnp.bfloat16))
+    mesh = tpu_mesh("v5e:4x4", MeshConfig(data=1, fsdp=2, expert=4, tensor=2))
+    abstract = with_shardings(definition.abstract(), definition.shardings(mesh))
+    base, changes = (
+        lora.part_of(definition.part(lambda w, own=own: lora.is_adapter(w) == own), abstract) for own in (False, True)
+    )
+
+    def loss(changes, base, ids):
+        segments, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden = apply(definition, lora.joined(base, changes), lambda m: m(ids, segments, places)[0])
+        return jnp.sum(hidden.astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh):
+        ids = jax.ShapeDtypeStruct((32, 512), jnp.int32, sharding=batch_sharding(mesh))
+        compiled = jax.jit(jax.grad(loss)).lower(changes, base, ids).compile()
+    whole = sum(
+        4 * math.prod(w.shape) for _, w in definition if w.dtype == jnp.uint8
+    )  # two numbers a byte, in bfloat16
+    found = compiled.memory_analysis()
+    assert found.argument_size_in_bytes < whole / 8 / 2  # over expert and tensor; seen: .42, adapters and all
+    assert found.temp_size_in_bytes < 1 * GIB  # seen: .69
 
 
 def test_the_step_of_latent_attention():

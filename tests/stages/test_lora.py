@@ -8,6 +8,7 @@ import pytest
 from stage_runs import Runner, arrays_of, assert_same_run, lines_of, pretrained, written
 
 import jaxlm
+from jaxlm.adapters.quantising import quantise
 from jaxlm.base import sharding
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, UserError
@@ -101,23 +102,33 @@ def test_only_adapters_are_kept_and_the_model_is_the_merged_one(config, base):
         )
     ids = np.arange(24, dtype=np.int32).reshape(2, 12)
     beside = jaxlm.load(base, adapter=f"{config.workdir}/adapter")
-    np.testing.assert_allclose(beside.logits(ids), jaxlm.load(config.workdir).logits(ids), atol=1e-5)
+    whole = jaxlm.load(config.workdir)
+    np.testing.assert_allclose(beside.logits(ids), whole.logits(ids), atol=1e-5)
+    assert jaxlm.load(base).chat_template is None
+    assert beside.chat_template.source == whole.chat_template.source, "it speaks as it was taught to"
     for name in ("embedding", "head"):
         np.testing.assert_array_equal(after[name], before[name])
     np.testing.assert_array_equal(after["stack"]["0"]["mlp_norm"]["scale"], before["stack"]["0"]["mlp_norm"]["scale"])
 
 
 @pytest.mark.slow
-def test_experts_have_adapters_of_their_own_and_the_model_is_the_merged_one(config, packed_rows, tmp_path):
+@pytest.mark.parametrize("kind", ["compute", "nf4"])
+def test_experts_have_adapters_of_their_own_and_the_model_is_the_merged_one(
+    config, packed_rows, tmp_path, kind, caplog
+):
     experts = ExpertsConfig(count=4, chosen=2, feed_forward=16, shared=1)
     base = pretrained(packed_rows, tmp_path / "base", steps=4, layers=2, experts=experts)
-    sft.main(dataclasses.replace(config, model=base, lora=LoRAConfig(rank=4, dora=True)))
+    sft.main(dataclasses.replace(config, model=base, lora=LoRAConfig(rank=4, dora=True, base=kind)))
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line for line in told if "no adapter/ will be written, model/ will have all of it" in line]
     kept = arrays_of(config.workdir, 3)
     assert kept["params/stack/0/experts/up_lora_a"].shape == (2, 4, 32, 4)
     assert not any("router" in name for name in kept if name.startswith("params/"))
     before, after = (params_of(f"{folder}/model")["stack"]["0"]["experts"] for folder in (base, config.workdir))
     for name in ("gate", "up", "down"):
         a, b, magnitude = (kept[f"ema/stack/0/experts/{name}_lora_{part}"] for part in ("a", "b", "magnitude"))
+        if kind != "compute":
+            before[name] = np.asarray(quantised.dequantised(*quantise(before[name], kind)))
         whole = before[name] + LoRAConfig(rank=4).scale * np.einsum("ledr,lerf->ledf", a, b)
         whole *= (magnitude / np.linalg.norm(whole, axis=-2))[..., None, :]
         np.testing.assert_allclose(after[name], whole, atol=1e-5)
@@ -135,7 +146,7 @@ def test_the_model_over_a_quantised_base_is_the_one_that_was_trained(config, bas
     before, after = params_of(f"{base}/model"), params_of(f"{config.workdir}/model")
     for part, name in (("attention", "query"), ("mlp", "down")):
         a, b = (kept[f"params/stack/0/{part}/{name}_lora_{x}"] for x in "ab")
-        stored = quantised.dequantised(*quantised.quantise(before["stack"]["0"][part][name], kind))
+        stored = quantised.dequantised(*quantise(before["stack"]["0"][part][name], kind))
         change = config.lora.scale * np.einsum("ldr,lrf->ldf", a, b)
         np.testing.assert_allclose(after["stack"]["0"][part][name], stored + change, atol=1e-6)
         assert np.abs(np.asarray(stored) - before["stack"]["0"][part][name]).max() > 1e-4

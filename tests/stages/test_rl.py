@@ -22,7 +22,7 @@ from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
 from jaxlm.data.config import ChatSource, MixtureSource
 from jaxlm.feedback.config import VerifierConfig
-from jaxlm.model.config import LoRAConfig, ModelConfig
+from jaxlm.model.config import ExpertsConfig, LoRAConfig, ModelConfig
 from jaxlm.model.transformer import define_model
 from jaxlm.model.weights import initialize
 from jaxlm.rl import forward, learner, models
@@ -759,9 +759,27 @@ def test_two_processes_stop_and_go_on(runner, never_stopped):
                 assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (name, one["step"])
 
 
+FEW = ExpertsConfig(count=4, chosen=2, feed_forward=16)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "base"), [("ppo", "compute"), ("ppo", "nf4"), ("grpo", "int8")])
-def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, base, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "base", "experts"),
+    [
+        ("ppo", "compute", ExpertsConfig()),
+        ("ppo", "nf4", ExpertsConfig()),
+        ("grpo", "int8", ExpertsConfig()),
+        ("ppo", "nf4", FEW),
+        ("grpo", "compute", FEW),
+    ],
+)
+def test_adapters_learn_over_the_reference_and_the_reward_model(config, folders, method, base, experts, monkeypatch):
+    if experts.count:
+        mixtures = (
+            folders.model("mixture", experts=experts),
+            folders.model("mixture-reward", seed=1, criteria=("overall", "short"), experts=experts),
+        )
+        config = dataclasses.replace(config, model=mixtures[0], reward_model=mixtures[1])
     config = dataclasses.replace(config, lora=LoRAConfig(rank=2, dora=method == "grpo", base=base), steps=2)
     config = config if method == "ppo" else with_grpo(config)
     read, seen = [], []
@@ -794,7 +812,8 @@ def test_adapters_learn_over_the_reference_and_the_reward_model(config, method, 
     base, made = (model_directory.read(f) for f in (config.model, f"{config.workdir}/model"))
     old, new = (found.load_params(define_model(found.config)) for found in (base, made))
     np.testing.assert_array_equal(new["embedding"], old["embedding"])
-    assert np.abs(new["stack"]["0"]["mlp"]["up"] - old["stack"]["0"]["mlp"]["up"]).max() > 1e-6
+    part = "experts" if experts.count else "mlp"
+    assert np.abs(new["stack"]["0"][part]["up"] - old["stack"]["0"][part]["up"]).max() > 1e-6
 
 
 def test_adapters_of_a_policy_drop_nothing(config):
