@@ -21,7 +21,6 @@ from jaxlm.hub.find import find_model
 from jaxlm.hub.tokenizers import read_template
 from jaxlm.model import layout
 from jaxlm.model.config import adapted
-from jaxlm.model.lora import joined, part_of
 from jaxlm.model.transformer import define_model
 from jaxlm.train import model_directory
 
@@ -46,7 +45,7 @@ def merge(model: str, adapter: str, output: str) -> None:
     read = peft.read(adapter, peft.family_of(base), base.config)
     config, flat = read.shape(base.config), dataclasses.replace(base.config, scan_layers=False)
     beside = define_model(adapted(read.shape(flat), read.lora))
-    params = part_of(beside, joined(base.load_params(define_model(flat)), read.params()))
+    params = read.beside(base.load_params(define_model(flat)), beside)
     whole = jax.jit(functools.partial(weights.merged, config=read.lora))(params)
     model_directory.write(
         output,

@@ -32,7 +32,6 @@ from jaxlm.hub.opened import open_model
 from jaxlm.hub.pooling import Pooling
 from jaxlm.hub.tokenizers import read_template
 from jaxlm.model.config import ModelConfig, adapted
-from jaxlm.model.lora import joined, part_of
 from jaxlm.model.transformer import for_inference
 from jaxlm.model.weights import Params
 from jaxlm.sample.config import SamplingConfig
@@ -88,8 +87,7 @@ def load(
         read = peft.read(adapter, directory.family if theirs else peft.family_of(directory), directory.config)
         config = adapted(read.shape(config), read.lora)
         definition = for_inference(config)[1]
-        params = part_of(definition, joined(params, read.params()))
-        params = jax.device_put(params, definition.shardings(mesh) if mesh else None)
+        params = jax.device_put(read.beside(params, definition), definition.shardings(mesh) if mesh else None)
         template = read_template(epath.Path(adapter), directory.tokenizer())
     return LanguageModel(
         config,

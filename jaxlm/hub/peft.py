@@ -9,15 +9,19 @@ changes the product is refused by name.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+from flax import traverse_util
 
 from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, UserError
@@ -69,16 +73,26 @@ class Adapter:
         """What its base becomes, adapters aside: with a head, a reward model."""
         return base if self.head is None else dataclasses.replace(base, criteria=self.head.criteria)
 
-    def params(self) -> Params:
-        """As a model with unrolled layers has them."""
-        tree: Params = self.head.params() if self.head else {}
-        for name, parts in self.tensors.items():
-            *path, last = name.split(".")
-            node = tree
-            for part in path:
-                node = node.setdefault(part, {})
-            node |= {f"{last}_lora_{part}": value for part, value in parts.items()}
-        return tree
+    def beside(self, base: Params, definition: Definition) -> Params:
+        """The parameters that `definition` declares: a base's with unrolled layers, and these adapters, zeros in layers
+        that have none. A router takes none: they are merged into it."""
+        held: Any = base | (self.head.params() if self.head else {})
+        leaves = {}
+        for path, declared in definition:
+            own, _, part = path[-1].partition("_lora_")
+            name = ".".join((*path[:-1], own))
+            kernel = functools.reduce(operator.getitem, (*path[:-1], own), held)
+            if own == "router":
+                leaves[path] = jnp.asarray(self.merged(name, kernel), kernel.dtype)
+            elif not part:
+                leaves[path] = kernel
+            elif name in self.tensors:
+                leaves[path] = self.tensors[name][part]
+            elif part == "magnitude":
+                leaves[path] = np.linalg.norm(np.asarray(kernel, np.float32), axis=-2)
+            else:
+                leaves[path] = np.zeros(declared.shape, np.float32)
+        return traverse_util.unflatten_dict(leaves)
 
     def merged(self, name: str, kernel: Any) -> Any:
         """The matrix of that name with its change in it, made when numpy asks for it; itself where it has none."""
@@ -109,7 +123,8 @@ def modules(family: Family, config: ModelConfig) -> dict[str, Tensor]:
     weights = [w for _, w in for_inference(config)[1] if w.matrix and w.layers and "experts" not in w.axes]
     ours = {name for w in weights for name, _ in model_directory.tensor_shapes(w)}
     tensors = [tensor for tensor in tensors_of(family, config) if tensor.parts[0][0] in ours]
-    return {tensor.name.removesuffix(".weight"): tensor for tensor in tensors} | peft_experts.parameters(family, config)
+    found = {peft_experts.renamed(tensor.name.removesuffix(".weight")): tensor for tensor in tensors}
+    return found | peft_experts.parameters(family, config)
 
 
 def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter:
@@ -158,18 +173,7 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
         raise UserError(f"{folder}/{TENSORS}: holds no adapter")
     kinds = sorted({_kind(name) for name in tensors})
     found = _of_one_rank(dataclasses.replace(lora, targets=tuple(kinds)), tensors, ranks)
-    shapes = dict(part for tensor in known.values() for part in tensor.parts)
-    for name in sorted(name for name in shapes.keys() - tensors.keys() if _kind(name) in kinds):
-        if lora.dora:
-            raise UserError(f"{folder}: {name} has no adapter, as it has in other layers; with DoRA all are needed")
-        tensors[name] = _nothing(shapes[name], found.lora.rank)
     return dataclasses.replace(found, head=head)
-
-
-def _nothing(shape: tuple[int, ...], rank: int) -> dict[str, np.ndarray]:
-    """An adapter that changes nothing, for a layer that has none where others have."""
-    *experts, rows, columns = shape
-    return {"a": np.zeros((*experts, rows, rank), np.float32), "b": np.zeros((*experts, rank, columns), np.float32)}
 
 
 def _taken(
@@ -214,9 +218,11 @@ def _parameters(values: dict[str, Any], known: dict[str, Tensor], where: str) ->
     named = {module if peft_experts.is_parameter(module) else f"{module}.weight": module for module in known}
     found = set()
     for target in targets:
-        meant = {module for name, module in named.items() if name.endswith(f".{target}")}
+        meant = {module for name, module in named.items() if f".{name}".endswith(f".{target}")}
         if not meant:
             raise UserError(f"{where}: target_parameters={target!r} is not understood; matrices of the layers are")
+        if not all(known[module].rule.turned or peft_experts.is_parameter(module) for module in meant):
+            raise UserError(f"{where}: target_parameters={target!r} lies [in, out], which peft takes for [out, in]")
         found |= meant
     return found
 

@@ -46,9 +46,15 @@ def parameters(family: Family, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def one_by_one(family: Family, config: ModelConfig) -> dict[str, Tensor]:
-    """The modules that experts had one by one in transformers 4, where adapters of that time lie beside each."""
-    each = [tensor for tensor in tensors_of(family, config) if tensor.expert >= 0]
-    return {tensor.name.removesuffix(".weight"): tensor for tensor in each}
+    """The modules that experts had one by one in transformers 4, where adapters of that time lie beside each, and other
+    modules under names of that time."""
+    found = {tensor.name.removesuffix(".weight"): tensor for tensor in tensors_of(family, config)}
+    return {name: tensor for name, tensor in found.items() if tensor.expert >= 0 or name != renamed(name)}
+
+
+def renamed(module: str) -> str:
+    """A module's name in transformers 5: Mixtral's router is mlp.gate there, and in checkpoints as of old."""
+    return module.replace(".block_sparse_moe.", ".mlp.")
 
 
 def stacked(

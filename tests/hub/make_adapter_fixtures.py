@@ -72,6 +72,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
     ),
+    "some-layers-dora": (
+        "llama",
+        {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}
+        | {"layers_to_transform": [1]},
+    ),
+    # Experts and routers too.
+    "all-mixtral": ("mixtral", {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "lora_dropout": 0.0}),
+    "all-qwen3": ("qwen3-moe", {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "lora_dropout": 0.0}),
+    "all-deepseek": ("deepseek-v3", {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "lora_dropout": 0.0}),
+    "router": (
+        "gpt-oss",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "lora_dropout": 0.0}
+        | {"target_parameters": ["router.weight"]},
+    ),
 }
 
 

@@ -30,7 +30,8 @@ ADAPTERS = HERE / "adapters"
 NAMES = {"lora": "llama", "rslora": "llama", "dora": "llama"}
 NAMES |= {"fused": "phi3", "conv": "gpt2", "by-head": "pythia", "latent": "deepseek-v2"}
 NAMES |= {"experts": "mixtral", "experts-in-turn": "gpt-oss", "experts-down": "deepseek-v2"}
-NAMES |= {"parameters": "deepseek-v2", "some-layers": "llama"}
+NAMES |= {"parameters": "deepseek-v2", "some-layers": "llama", "some-layers-dora": "llama"}
+NAMES |= {"router": "gpt-oss", "all-mixtral": "mixtral", "all-qwen3": "qwen3-moe", "all-deepseek": "deepseek-v3"}
 TOOL = HERE / "make_adapter_fixtures.py"
 PYTHON = os.environ.get("JAXLM_TRANSFORMERS_PYTHON", "")
 
@@ -147,21 +148,44 @@ def mixture(tmp_path_factory) -> model_directory.ModelDirectory:
 
 
 def test_targets_that_are_no_experts_matrices_are_refused(mixture, tmp_path):
-    shutil.copytree(ADAPTERS / "experts", tmp_path / "other")
-    config = tmp_path / "other/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_parameters": ["mlp.router"]}))
+    other = edited(tmp_path, of="experts", target_parameters=["mlp.router"])
     with pytest.raises(UserError, match="target_parameters='mlp.router' is not understood; matrices of"):
-        peft.read(tmp_path / "other", peft.family_of(mixture), mixture.config)
+        peft.read(other, peft.family_of(mixture), mixture.config)
 
 
-def test_ranks_that_peft_converted_are_read_as_the_plain_ones(mixture, tmp_path):
-    shutil.copytree(ADAPTERS / "experts", tmp_path / "converted")
-    config = tmp_path / "converted/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": {r".*\.gate_up_proj": 3}}))
+def test_parameters_that_lie_the_other_way_round_are_refused(tmp_path):
+    """peft takes every parameter for [out, in], and GPT-2's are [in, out]: its A and B would have changed places."""
+    base = with_tokenizer("gpt2", tmp_path)
+    with pytest.raises(
+        UserError, match=r"target_parameters='mlp.c_proj.weight' lies \[in, out\], which peft takes for"
+    ):
+        jaxlm.load(base, adapter=edited(tmp_path, of="conv", use_dora=False, target_parameters=["mlp.c_proj.weight"]))
+
+
+def _old_names(tensors):
+    for name in [name for name in tensors if ".mlp.gate." in name]:
+        tensors[name.replace(".mlp.", ".block_sparse_moe.")] = tensors.pop(name)
+
+
+WHOLE_NAMES = [
+    f"model.layers.{layer}.mlp.experts.{name}" for layer in range(3) for name in ("gate_up_proj", "down_proj")
+]
+SAME = {
+    "ranks that peft converted": ("experts", None, {"rank_pattern": {r".*\.gate_up_proj": 3}}),
+    "whole names": ("experts", None, {"target_parameters": WHOLE_NAMES}),
+    "a router of old": ("all-mixtral", _old_names, {"target_parameters": ["gate_up_proj", "down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_other_words_for_the_same_are_read_as_the_same(case, mixture, tmp_path):
+    of, change, values = SAME[case]
     plain, made = (
-        peft.read(at, peft.family_of(mixture), mixture.config) for at in (ADAPTERS / "experts", config.parent)
+        peft.read(at, peft.family_of(mixture), mixture.config)
+        for at in (ADAPTERS / of, edited(tmp_path, change, of=of, **values))
     )
     assert made.lora == plain.lora
+    assert made.tensors.keys() == plain.tensors.keys()
     for name, parts in plain.tensors.items():
         for part, value in parts.items():
             np.testing.assert_array_equal(made.tensors[name][part], value)
@@ -281,9 +305,9 @@ def test_the_chat_template_beside_an_adapter_is_the_one_it_was_trained_with(base
     assert jaxlm.load(tmp_path / "none").chat_template is None
 
 
-def edited(tmp_path, change=None, **values):
+def edited(tmp_path, change=None, of="dora", **values):
     folder = tmp_path / "adapter"
-    shutil.copytree(ADAPTERS / "dora", folder)
+    shutil.copytree(ADAPTERS / of, folder)
     config = json.loads((folder / "adapter_config.json").read_text()) | values
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if change:
@@ -313,11 +337,6 @@ REFUSED = {
         "layers.1.self_attn.q_proj has only lora_A",
     ),
     "an unknown tensor": ({}, lambda t: t.update(x=np.zeros(3)), "is not understood for a llama base: x"),
-    "a layer without": (
-        {},
-        lambda t: [t.pop(name) for name in [*t] if name.startswith(QUERY)],
-        "layers.1.attention.query has no adapter, as it has in other layers; with DoRA all are needed",
-    ),
 }
 
 
