@@ -93,15 +93,16 @@ def import_model(config: ImportConfig) -> dict[str, Any]:
 
 def _merged(params: Params, definition: Definition, adapter: peft.Adapter) -> Params:
     """The definition's tree, a matrix with its adapter when numpy asks for it."""
-    by_name = {}
+    leaves: list[Any] = []
     params = params | (adapter.head.params() if adapter.head else {})
     for path, declared in definition:
         leaf: Any = functools.reduce(operator.getitem, path, params)
         names = [name for name, _ in model_directory.tensor_shapes(declared)]
         parts = leaf if isinstance(leaf, list) else [leaf]
         made = [adapter.merged(name, part) for name, part in zip(names, parts, strict=True)]
-        by_name[id(declared)] = made if isinstance(leaf, list) else made[0]
-    return definition.tree(lambda declared: by_name[id(declared)])
+        leaves.append(made if isinstance(leaf, list) else made[0])
+    each = iter(leaves)
+    return definition.tree(lambda declared: next(each))
 
 
 def _template(config: ImportConfig, directory: hugging_face.HuggingFaceDirectory) -> ChatTemplate | None:

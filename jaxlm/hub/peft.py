@@ -21,7 +21,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
-from flax import traverse_util
 
 from jaxlm.base import files
 from jaxlm.base.errors import ConfigError, UserError
@@ -77,22 +76,23 @@ class Adapter:
         """The parameters that `definition` declares: a base's with unrolled layers, and these adapters, zeros in layers
         that have none. A router takes none: they are merged into it."""
         held: Any = base | (self.head.params() if self.head else {})
-        leaves = {}
+        leaves: list[Any] = []
         for path, declared in definition:
             own, _, part = path[-1].partition("_lora_")
             name = ".".join((*path[:-1], own))
             kernel = functools.reduce(operator.getitem, (*path[:-1], own), held)
             if own == "router":
-                leaves[path] = jnp.asarray(self.merged(name, kernel), kernel.dtype)
+                leaves.append(jnp.asarray(self.merged(name, kernel), kernel.dtype))
             elif not part:
-                leaves[path] = kernel
+                leaves.append(kernel)
             elif name in self.tensors:
-                leaves[path] = self.tensors[name][part]
+                leaves.append(self.tensors[name][part])
             elif part == "magnitude":
-                leaves[path] = np.linalg.norm(np.asarray(kernel, np.float32), axis=-2)
+                leaves.append(np.linalg.norm(np.asarray(kernel, np.float32), axis=-2))
             else:
-                leaves[path] = np.zeros(declared.shape, np.float32)
-        return traverse_util.unflatten_dict(leaves)
+                leaves.append(np.zeros(declared.shape, np.float32))
+        each = iter(leaves)
+        return definition.tree(lambda declared: next(each))
 
     def merged(self, name: str, kernel: Any) -> Any:
         """The matrix of that name with its change in it, made when numpy asks for it; itself where it has none."""

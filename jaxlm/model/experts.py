@@ -129,7 +129,8 @@ class Experts(nnx.Module):
             whole = lambda rows, held: product(rows, quantised.matrix(held, name).astype(kind))
             if f"{name}_scale" in kernels:  # for its gradient codes are kept, and W made anew
                 whole = jax.checkpoint(whole)
-            out = whole(rows.astype(kind), {key: kernels[key] for key in (name, f"{name}_scale") if key in kernels})
+            own = (name, f"{name}_scale", f"{name}_first")
+            out = whole(rows.astype(kind), {key: kernels[key] for key in own if key in kernels})
             a, b, ratio, bias = (kernels.get(f"{name}_{part}") for part in ("lora_a", "lora_b", "lora_ratio", "bias"))
             if a is not None and b is not None:
                 low = product(rows.astype(kind), a.astype(kind)).astype(kind)
@@ -147,7 +148,7 @@ class Experts(nnx.Module):
             return self._grouped(x, choices, weights, kernels, gather=False, split=False, inner=False)
         # The partitioner knows no grouped products: each device runs them on its own tokens and experts.
         rows = fitting_spec(mesh.shape, ("batch", "sequence", None), x.shape)
-        tensor = "mlp" if self._divides(kernels, mesh.shape["tensor"]) else None
+        tensor = "mlp" if kernels["down"].shape[1] % mesh.shape["tensor"] == 0 else None  # in codes F / 2
         placed = {name: fitting_spec(mesh.shape, _axes(name, tensor), k.shape) for name, k in kernels.items()}
         experts = placed["up"][0] is not None
         whole = rows[0] is None  # every device has all rows already
@@ -156,11 +157,6 @@ class Experts(nnx.Module):
         in_specs = (rows, rows, rows, placed)
         sharded = jax.shard_map(run, in_specs=in_specs, out_specs=rows, check_vma=False)
         return sharded(x, choices, weights, kernels)
-
-    def _divides(self, kernels: dict[str, Array], parts: int) -> bool:
-        """Whether so many parts of the inner width hold whole blocks of what has a scale."""
-        blocks = kernels["down_scale"].shape[1] if "down_scale" in kernels else 1
-        return blocks == 1 or self.config.experts.feed_forward % (quantised.BLOCK * parts) == 0
 
     def _grouped(
         self, x: Array, choices: Array, weights: Array, kernels: Any, *, gather: bool, split: bool, inner: bool
@@ -183,6 +179,8 @@ class Experts(nnx.Module):
         if inner and "down_bias" in kernels:  # on one of the devices whose parts are added up
             first = jax.lax.axis_index("tensor") == 0
             kernels = kernels | {"down_bias": jnp.where(first, kernels["down_bias"], 0.0)}
+        if inner:  # a part may begin within a block of nf4
+            kernels = kernels | {"down_first": jax.lax.axis_index("tensor") * kernels["up"].shape[2]}
         product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
         ones = jnp.ones((len(ids), 1))
         # A grouped product too: nothing but `sizes` waits for its gradient, which looks at no row past the groups.
@@ -237,7 +235,7 @@ def _in_best_groups(scores: Float32[Array, "B S E"], c: ExpertsConfig) -> Float3
 def _axes(name: str, inner: str | None) -> tuple[str | None, ...]:
     """Where the dropless products want a matrix, or what belongs to it, whose inner width has that axis."""
     rows, columns = (inner, None) if name.startswith("down") else (None, inner)
-    ends = {"lora_a": (rows, None), "lora_b": (None, columns), "": (rows, columns), "scale": (rows, columns)}
+    ends = {"lora_a": (rows, None), "lora_b": (None, columns), "": (rows, columns), "scale": (None, columns)}
     return ("experts", *ends.get(name.partition("_")[2], (columns,)))
 
 

@@ -48,21 +48,25 @@ def declare(part: nnx.Module, base: Base) -> None:
         setattr(part, f"{name}_scale", weight((*E, blocks, F), (*e, f"{rows}_blocks", columns), Constant(1.0)))
 
 
-def dequantised(codes: Array, scale: Array) -> Array:
-    """The matrix, float32 `[..., in, out]`."""
+def dequantised(codes: Array, scale: Array, first: int | Array = 0) -> Array:
+    """The matrix, float32 `[..., in, out]`; or of one with these scales, the rows from the `first` that have codes."""
     if codes.dtype == jnp.int8:
         return codes.astype(jnp.float32) * scale
     each = jnp.stack([codes & 15, codes >> 4], axis=-2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
     found = jnp.full(each.shape, LEVELS[0], jnp.float32)
     for code, level in enumerate(LEVELS[1:], 1):  # elementwise, where a look-up would be a gather
         found = jnp.where(each >= code, level, found)
-    return found * jnp.repeat(scale, BLOCK, axis=-2)[..., : each.shape[-2], :]
+    rows, blocks = each.shape[-2], scale.shape[-2]
+    few = min(rows // BLOCK + 2, blocks)
+    begin = jnp.minimum(first // BLOCK, blocks - few)
+    wide = jnp.repeat(jax.lax.dynamic_slice_in_dim(scale, begin, few, axis=-2), BLOCK, axis=-2)
+    return found * jax.lax.dynamic_slice_in_dim(wide, first - begin * BLOCK, rows, axis=-2)
 
 
 def matrix(held: Mapping[str, Any], name: str) -> Array:
     """The matrix of that name among a part's arrays, made whole where it is quantised."""
     scale = held.get(f"{name}_scale")
-    return held[name] if scale is None else dequantised(held[name], scale)
+    return held[name] if scale is None else dequantised(held[name], scale, held.get(f"{name}_first", 0))
 
 
 def kernel(module: nnx.Module, name: str) -> Array:

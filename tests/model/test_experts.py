@@ -232,23 +232,32 @@ def test_eight_devices_equal_one(name, capacity, mesh, adapters):
 
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
-@pytest.mark.parametrize(("base", "width"), [("int8", 24), ("nf4", 24), ("nf4", 128)])
+@pytest.mark.parametrize(("base", "width"), [("int8", 24), ("nf4", 24), ("nf4", 192), ("nf4", 128)])
 def test_codes_of_experts_on_eight_devices_equal_those_on_one(base, width, capacity):
-    """A width of 24 is a block of nf4 that two devices cannot share, one of 128 is a block for each."""
-    config, _, params = made("softmax", capacity=capacity, feed_forward=width)
+    """Of two devices, each has half a block of nf4 where the width is 24, one and a half of 192, and one of 128."""
+    kind = LoRAConfig(rank=3, dora=True)
+    config, _, params = made("softmax", kind, capacity=capacity, feed_forward=width)
     experts = Experts(config)
+    lora.declare(experts, "layers/experts", kind)
     quantised.declare(experts, base)
     definition = define(experts, "float32")
     for name in ("gate", "up", "down"):
         params[name], params[f"{name}_scale"] = quantise(params[name], base)
-    params = {name: params[name] for name in definition.abstract()}
+    frozen, changes = (
+        {name: params[name] for name in definition.abstract() if ("_lora_" in name) == own} for own in (False, True)
+    )
     x, real = inputs()
-    loss = lambda x: jnp.sum(jnp.sin(apply(definition, params, lambda m: m(x, real))[0]))
-    one = jax.value_and_grad(loss)(x)
+
+    def loss(changes, x, frozen):
+        return jnp.sum(jnp.sin(apply(definition, frozen | changes, lambda m: m(x, real))[0]))
+
+    both = jax.value_and_grad(loss, argnums=(0, 1))
+    one = both(changes, x, frozen)
     mesh = make_mesh(MESHES[0])
     with jax.set_mesh(mesh):
-        params = jax.device_put(params, definition.shardings(mesh))
-        many = jax.jit(jax.value_and_grad(loss))(x)
+        placed = definition.shardings(mesh)
+        part = lambda tree: {name: jax.device_put(value, placed[name]) for name, value in tree.items()}
+        many = jax.jit(both)(part(changes), x, part(frozen))
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         size = max(1.0, float(jnp.abs(b).max()))
         np.testing.assert_allclose(a / size, b / size, atol=1e-5)
