@@ -100,6 +100,9 @@ def write_tuned(
         beside = dataclasses.replace(tuned.model, config=shape)
         folder = f"{config.workdir}/adapter"
         said = peft.write(folder, params | heads, tuned.trained, beside, tuned.lora)
+        if said and tuned.lora.base != "compute":
+            told = "%s goes with the base as it is stored: over that it gives other numbers than model/, which has %s's"
+            logger.info(told, folder, tuned.lora.base)
         if said and chat_template is not None:  # the base has another, or none
             source = chat_template.source.encode()
             from_first(lambda: files.write_bytes(f"{folder}/{chat.FILE_NAME}", source))

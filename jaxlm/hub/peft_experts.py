@@ -1,4 +1,4 @@
-"""Adapters of experts as peft (0.18 and later) keeps them: those of parameters, which `target_parameters` names.
+"""Adapters of experts as peft (of 0.21) keeps them: those of parameters, which `target_parameters` names.
 
 transformers 5 has the experts' matrices of a layer in two parameters of one module, mlp.experts: gate_up_proj and
 down_proj. An adapter of E experts is there A `[E r, in]`, expert by expert, and B `[out, r E]`, rank by rank; where

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from stage_runs import arrays_of, assert_same_run, lines_of, pretrained, written
 
+from jaxlm.adapters.quantising import quantise
 from jaxlm.base.config import MeshConfig
 from jaxlm.base.errors import ConfigError, Refused, UserError
 from jaxlm.base.metrics import values
 from jaxlm.base.sharding import make_mesh
-from jaxlm.model.config import LoRAConfig
+from jaxlm.model.config import ExpertsConfig, LoRAConfig
+from jaxlm.model.quantised import dequantised
 from jaxlm.model.transformer import define_model
 from jaxlm.preference import reference, scoring
 from jaxlm.preference.config import DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig, SimPOConfig
@@ -30,6 +32,7 @@ from jaxlm.tokenizer import chat
 from jaxlm.train import model_directory
 from jaxlm.train.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
 
+UNSAID = "no adapter/ will be written, model/ will have all of it: peft has no DoRA beside mlp.experts"
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": dict(dpo=DPOConfig()),
     "ipo": dict(dpo=DPOConfig(loss="ipo", length_normalised=True, beta=0.5)),
@@ -418,3 +421,22 @@ def test_under_adapters_the_reference_is_the_base_itself(config, monkeypatch, me
     kept = arrays_of(config.workdir, 2)
     assert all("_lora_" in name for name in kept if name.startswith("params/"))
     assert (Path(config.workdir) / "adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_adapters_of_experts_learn_from_preferences(config, packed_rows, tmp_path, caplog):
+    experts = ExpertsConfig(count=4, chosen=2, feed_forward=16)
+    mixture = pretrained(packed_rows, tmp_path / "mixture", steps=2, experts=experts)
+    targets = ("layers/experts/*",)
+    config = dataclasses.replace(config, model=mixture, lora=LoRAConfig(rank=2, dora=True, base="nf4", targets=targets))
+    preference.main(dataclasses.replace(config, steps=2))
+    lines = [line for line in lines_of(config.workdir) if "preference/loss" in line]
+    assert lines[0]["preference/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert lines[1]["preference/loss"] < lines[0]["preference/loss"]
+    assert UNSAID in caplog.text
+    assert not (Path(config.workdir) / "adapter").exists()
+    found = [model_directory.read(f"{folder}/model") for folder in (mixture, config.workdir)]
+    old, new = (one.load_params(define_model(one.config))["stack"]["0"]["experts"] for one in found)
+    stored = dequantised(*quantise(old["up"], "nf4"))
+    assert np.abs(new["up"] - stored).max() > 1e-6
+    np.testing.assert_array_equal(new["router"], old["router"])

@@ -233,18 +233,25 @@ def test_what_cannot_be_is_refused(config, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_adapters_of_experts_learn_beside_new_heads_over_four_bits(config, packed_rows, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_experts_learn_beside_new_heads_over_four_bits(config, packed_rows, tmp_path, dora, caplog):
     experts = ExpertsConfig(count=4, chosen=2, feed_forward=16)
     mixture = pretrained(packed_rows, tmp_path / "mixture", steps=4, experts=experts)
-    lora = LoRAConfig(rank=2, targets=("layers/experts/*",), base="nf4")
+    lora = LoRAConfig(rank=2, targets=("layers/experts/*",), base="nf4", dora=dora)
     reward.main(dataclasses.replace(config, model=mixture, lora=lora, steps=2))
+    told = "no adapter/ will be written, model/ will have all of it: peft has no DoRA beside mlp.experts"
+    assert (told in caplog.text) == dora
+    assert (Path(config.workdir) / "adapter").exists() != dora
     before, after = (model_directory.read(f"{folder}/model") for folder in (mixture, config.workdir))
     old, new = (found.load_params(define_model(found.config))["stack"]["0"]["experts"] for found in (before, after))
     kept = arrays_of(config.workdir, 2)
     for name in ("gate", "up", "down"):
         a, b = (kept[f"params/stack/0/experts/{name}_lora_{part}"] for part in "ab")
-        stored = dequantised(*quantise(old[name], "nf4"))
-        np.testing.assert_allclose(new[name], stored + lora.scale * np.einsum("ledr,lerf->ledf", a, b), atol=1e-6)
+        whole = dequantised(*quantise(old[name], "nf4")) + lora.scale * np.einsum("ledr,lerf->ledf", a, b)
+        if dora:
+            magnitude = kept[f"params/stack/0/experts/{name}_lora_magnitude"]
+            whole *= (magnitude / np.linalg.norm(whole, axis=-2))[..., None, :]
+        np.testing.assert_allclose(new[name], whole, atol=1e-5 if dora else 1e-6)
     np.testing.assert_array_equal(new["router"], old["router"])
 
 

@@ -773,7 +773,9 @@ FEW = ExpertsConfig(count=4, chosen=2, feed_forward=16)
         ("grpo", "compute", FEW),
     ],
 )
-def test_adapters_learn_over_the_reference_and_the_reward_model(config, folders, method, base, experts, monkeypatch):
+def test_adapters_learn_over_the_reference_and_the_reward_model(
+    config, folders, method, base, experts, monkeypatch, caplog
+):
     if experts.count:
         mixtures = (
             folders.model("mixture", experts=experts),
@@ -794,6 +796,10 @@ def test_adapters_learn_over_the_reference_and_the_reward_model(config, folders,
     policy_of = learner.policy_of
     monkeypatch.setattr(rl, "policy_of", lambda m, p, f: (seen.append(made := policy_of(m, p, f)), made)[1])
     rl.main(config)
+    unsaid = bool(experts.count and config.lora.dora)
+    told = "no adapter/ will be written, model/ will have all of it: peft has no DoRA beside mlp.experts"
+    assert (told in caplog.text) == unsaid
+    assert (Path(config.workdir) / "adapter").exists() != unsaid
     # Outside of compiled steps, the whole policy is adapters over the reference's own arrays.
     whole = [params for params in seen if not isinstance(params["embedding"], jax.core.Tracer)]
     assert whole
