@@ -12,6 +12,7 @@ Both losses are means over layers with experts, and over real tokens: prompts ar
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,14 +26,16 @@ from jaxlm.routing.config import RoutingConfig
 from jaxlm.train.update import summed_in_pieces
 
 
-def loads(params: Params, batch: Any, pieces: int, definition: Definition, config: RoutingConfig) -> Array | None:
-    """The whole batch's `Routing.load` `[L, E]`, where pieces need it; else None."""
+def loads(
+    params_for: Callable[[Any], Params], batch: Any, pieces: int, definition: Definition, config: RoutingConfig
+) -> Array | None:
+    """The whole batch's `Routing.load` `[L, E]`, where pieces need it, each by its `params_for(rows)`; else None."""
     if pieces == 1 or not config.balance_loss or not any("routes" in w.axes for _, w in definition):
         return None
 
     def count(rows: Any) -> Array | None:
         places = rows["ids"], rows["segment_ids"], rows["positions"]
-        routing = apply(definition, params, lambda m: m.routed(*places)[1])
+        routing = apply(definition, params_for(rows), lambda m: m.routed(*places)[1])
         return None if routing is None else routing.load
 
     return summed_in_pieces(count, batch, pieces)

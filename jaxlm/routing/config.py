@@ -7,7 +7,8 @@ from jaxlm.base.config import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """How the routers of a mixture of experts are kept in balance; without experts it has no effect."""
+    """How the routers of a mixture of experts are kept in balance; without experts it has no effect. Under adapters
+    routers are frozen: then the losses move what feeds them, and no choice bias moves."""
 
     balance_loss: float = 0.01
     """Weight of the load-balancing loss, which is 1 where all experts are chosen alike (arXiv:2101.03961)."""

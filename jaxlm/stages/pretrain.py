@@ -111,7 +111,7 @@ def train_step(
     teacher, batch = learnt.separated(batch)
     targets = jnp.sum(losses.predictions_of(batch)[1])
     count = jnp.maximum(targets, 1).astype(jnp.float32)
-    load = balance.loads(state.params, batch, config.accumulate, definition, config.routing)
+    load = balance.loads(lambda rows: state.params, batch, config.accumulate, definition, config.routing)
 
     def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
         sums = learnt.row_sums(params, rows, teacher, definition, config.loss_chunk_tokens)

@@ -11,6 +11,7 @@ below trains on the assistant's tokens and its stop tokens, nothing else. Pretra
 """
 
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -108,7 +109,8 @@ def train_step(
     count = jnp.maximum(targets, 1).astype(jnp.float32)
     base, batch = separated(batch, config.accumulate)
     over_base = lambda params, rows: whole(definition, base, params, config.seed, state.step, rows)
-    load = balance.loads(over_base(state.params, batch), batch, config.accumulate, definition, config.routing)
+    own = functools.partial(over_base, state.params)
+    load = balance.loads(own, batch, config.accumulate, definition, config.routing)
 
     def objective(params: Any, rows: dict[str, jax.Array]) -> tuple[jax.Array, losses.TokenSums]:
         params = over_base(params, rows)

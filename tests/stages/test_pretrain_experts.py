@@ -175,6 +175,20 @@ def test_losses_by_hand():
     assert balance.as_metrics(None) == {}
 
 
+def test_each_piece_is_counted_by_its_own_parameters():
+    """As adapters' dropout has them: other keys in each piece."""
+    definition = define_model(MODEL)
+    params = initialize(definition, 0)
+    batch = rows() | {"piece": np.arange(B, dtype=np.float32) % 2}
+    noise = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+    moved = lambda by: jax.tree.map(lambda x, other: x + jnp.float32(by) * other, params, noise)
+    twice = lambda half: {name: np.concatenate([x, x]) for name, x in half.items()}
+    found = balance.loads(lambda rows: moved(rows["piece"][0]), batch, 2, definition, CONFIG.routing)
+    halves = ({name: x[piece::2] for name, x in batch.items()} for piece in range(2))
+    count = lambda piece, half: balance.loads(lambda rows: moved(piece), twice(half), 2, definition, CONFIG.routing)
+    np.testing.assert_array_equal(found, sum(count(piece, half) for piece, half in enumerate(halves)) / 2)
+
+
 def test_biases_move_by_the_sign_of_the_error():
     config = with_experts(CONFIG, choice_bias=True).model
     definition = define_model(config)
