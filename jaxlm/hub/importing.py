@@ -101,8 +101,7 @@ def _merged(params: Params, definition: Definition, adapter: peft.Adapter) -> Pa
         parts = leaf if isinstance(leaf, list) else [leaf]
         made = [adapter.merged(name, part) for name, part in zip(names, parts, strict=True)]
         leaves.append(made if isinstance(leaf, list) else made[0])
-    each = iter(leaves)
-    return definition.tree(lambda declared: next(each))
+    return definition.filled(leaves)
 
 
 def _template(config: ImportConfig, directory: hugging_face.HuggingFaceDirectory) -> ChatTemplate | None:

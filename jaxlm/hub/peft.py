@@ -42,16 +42,8 @@ PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitud
 INERT = (
     *("base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping", "peft_version"),
     *("lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "runtime_config", "qalora_group_size"),
-    *(
-        "layers_to_transform",
-        "layers_pattern",
-        "ephemeral_gpu_offload",
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "megatron_core",
-        "init_lora_weights",
-    ),
+    *("layers_to_transform", "layers_pattern", "ephemeral_gpu_offload", "megatron_core", "init_lora_weights"),
+    *("corda_config", "eva_config", "loftq_config"),
 )
 # These start from a changed base, which an adapter saved as it is does not have beside it.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -91,8 +83,7 @@ class Adapter:
                 leaves.append(np.linalg.norm(np.asarray(kernel, np.float32), axis=-2))
             else:
                 leaves.append(np.zeros(declared.shape, np.float32))
-        each = iter(leaves)
-        return definition.tree(lambda declared: next(each))
+        return definition.filled(leaves)
 
     def merged(self, name: str, kernel: Any) -> Any:
         """The matrix of that name with its change in it, made when numpy asks for it; itself where it has none."""
@@ -149,7 +140,7 @@ def read(folder: epath.PathLike, family: Family, config: ModelConfig) -> Adapter
     for module, tensor in (known | peft_experts.one_by_one(family, config)).items():
         if peft_experts.is_parameter(module) and module not in adapted:
             continue
-        named = module if module not in adapted or peft_experts.is_parameter(module) else f"{module}.weight"
+        named = peft_experts.as_parameter(module) if module in adapted else module
         own = dataclasses.replace(lora, **_own(values, named, str(where)))
         parts = _taken(given, peft_experts.where(module, adapted), tensor, own, f"{folder}/{TENSORS}")
         if not parts:
@@ -215,7 +206,7 @@ def _parameters(values: dict[str, Any], known: dict[str, Tensor], where: str) ->
     """Those of the known modules and parameters that are named as parameters."""
     targets = values.get("target_parameters") or []
     targets = targets if isinstance(targets, list) else [targets]
-    named = {module if peft_experts.is_parameter(module) else f"{module}.weight": module for module in known}
+    named = {peft_experts.as_parameter(module): module for module in known}
     found = set()
     for target in targets:
         meant = {module for name, module in named.items() if f".{name}".endswith(f".{target}")}

@@ -71,6 +71,11 @@ def is_parameter(module: str) -> bool:
     return module.rpartition(".")[0].endswith(f".{MODULE}")
 
 
+def as_parameter(module: str) -> str:
+    """The name of a module's matrix as a parameter; experts' have no other."""
+    return module if is_parameter(module) else f"{module}.weight"
+
+
 def where(module: str, adapted: Collection[str]) -> str:
     """Under what name the adapters of a module stand, when those of `adapted` have some."""
     path, _, name = module.rpartition(".")
@@ -85,18 +90,11 @@ def targets(adapted: Collection[str], known: Collection[str]) -> tuple[list[str]
     named, parameters = set(), set()
     for name in adapted:
         last = name.rpartition(".")[2]
-        if is_parameter(name):
-            parameters.add(_in_its_layer(name))
-        elif mixture and last in OLD_NAMES:
-            parameters.add(f"{_in_its_layer(name)}.weight")
+        if is_parameter(name) or (mixture and last in OLD_NAMES):
+            parameters.add(as_parameter(name).partition(".layers.")[2].partition(".")[2])
         else:
             named.add(last)
     return sorted(named), sorted(parameters)
-
-
-def _in_its_layer(name: str) -> str:
-    """mlp.experts.down_proj of model.layers.0.mlp.experts.down_proj."""
-    return name.partition(".layers.")[2].partition(".")[2]
 
 
 def turned(part: str, value: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ against the declarations: `nnx.merge` itself pairs leaves by order, ignores name
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -72,12 +72,16 @@ class Definition:
 
     def tree(self, make: Callable[[Weight], Any]) -> Params:
         """A nested dict like the parameters, with `make(weight)` at each leaf."""
+        return self.filled([make(declared) for _, declared in self.weights])
+
+    def filled(self, leaves: Sequence[Any]) -> Params:
+        """The same with these leaves, one a weight and in the weights' order."""
         tree: Params = {}
-        for path, declared in self.weights:
+        for (path, _), leaf in zip(self.weights, leaves, strict=True):
             node = tree
             for part in path[:-1]:
                 node = node.setdefault(part, {})
-            node[path[-1]] = make(declared)
+            node[path[-1]] = leaf
         return tree
 
     def part(self, keep: Callable[[Weight], bool]) -> "Definition":
